@@ -1,0 +1,94 @@
+"""Search, for every layer of a trained model, its decomposition, its rank and its bits."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Lazily: `import ranksearch` and `ranksearch --help` must not wait for torch.
+_HOMES = {
+    "RankSearchError": "errors",
+    "PlanError": "errors",
+    "DecompositionError": "errors",
+    "RuntimeUnavailableError": "errors",
+    "MeasurementError": "errors",
+    "StudyError": "errors",
+    "LayerChoice": "plan",
+    "Plan": "plan",
+    "Data": "spec",
+    "Goals": "spec",
+    "Recovery": "spec",
+    "Space": "spec",
+    "StudySpec": "spec",
+    "Target": "spec",
+    "corpus_score": "spec",
+    "top1": "scoring",
+    "register_decomposition": "decompositions",
+    "compress": "compression",
+    "rebuild": "compression",
+    "register_runtime": "runtimes",
+    "measure_latency": "latency",
+    "load": "export",
+    "save": "export",
+    "SearchResult": "search_result",
+    "evaluate": "run",
+    "profile": "run",
+    "search": "run",
+}
+
+__all__ = [
+    "Data",
+    "DecompositionError",
+    "Goals",
+    "LayerChoice",
+    "MeasurementError",
+    "Plan",
+    "PlanError",
+    "RankSearchError",
+    "Recovery",
+    "RuntimeUnavailableError",
+    "SearchResult",
+    "Space",
+    "StudyError",
+    "StudySpec",
+    "Target",
+    "__version__",
+    "compress",
+    "corpus_score",
+    "evaluate",
+    "load",
+    "measure_latency",
+    "profile",
+    "rebuild",
+    "register_decomposition",
+    "register_runtime",
+    "save",
+    "search",
+    "top1",
+]
+
+if TYPE_CHECKING:
+    from ranksearch.compression import compress, rebuild
+    from ranksearch.decompositions import register_decomposition
+    from ranksearch.errors import (
+        DecompositionError,
+        MeasurementError,
+        PlanError,
+        RankSearchError,
+        RuntimeUnavailableError,
+        StudyError,
+    )
+    from ranksearch.export import load, save
+    from ranksearch.latency import measure_latency
+    from ranksearch.plan import LayerChoice, Plan
+    from ranksearch.run import evaluate, profile, search
+    from ranksearch.runtimes import register_runtime
+    from ranksearch.scoring import top1
+    from ranksearch.search_result import SearchResult
+    from ranksearch.spec import Data, Goals, Recovery, Space, StudySpec, Target, corpus_score
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"ranksearch.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'ranksearch' has no attribute {name!r}")

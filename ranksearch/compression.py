@@ -1,0 +1,279 @@
+"""Apply a plan to a model: `rebuild` makes the architecture, `compress` also fills it."""
+
+import copy
+import difflib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.decompositions import DECOMPOSITIONS, Factorisation, check_choice
+from ranksearch.errors import DecompositionError, PlanError
+from ranksearch.layers import (
+    LayerSpec,
+    build_layer,
+    compressible_layers,
+    layer_spec,
+)
+from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.quantization import CODE_LIMIT, freeze, observe_ranges, packed_state, quantize_module
+from ranksearch.refit import refit_last_factors
+from ranksearch.spec import Batches
+from ranksearch.statistics import LayerStatistics, collect
+from ranksearch.surgery import replace_modules
+
+PLACEHOLDER_SEED = 0
+
+
+class Factorisations:
+    """The factorisations of a model's layers, each computed once, when first asked for."""
+
+    def __init__(self, model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> None:
+        self.statistics = statistics
+        self._model = model
+        self._known: dict[tuple[str, str, str], Factorisation] = {}
+
+    def of(self, layer: str, choice: LayerChoice) -> Factorisation:
+        """The factorisation that serves `choice` at every rank. Raises DecompositionError where there is none."""
+        key = (layer, choice.decomposition, json.dumps(choice.options, sort_keys=True))
+        if key not in self._known:
+            self._known[key] = self._factorise(layer, choice)
+        return self._known[key]
+
+    def _factorise(self, layer: str, choice: LayerChoice) -> Factorisation:
+        module = self._model.get_submodule(layer)
+        spec = _spec(module)
+        statistics = self.statistics.get(layer)
+        covariance = None if statistics is None else statistics.input_covariance
+        weight = module.get_parameter("weight").detach()
+        try:
+            return DECOMPOSITIONS[choice.decomposition].factorise(weight, spec, choice.options, covariance)
+        except DecompositionError as error:
+            raise DecompositionError(f"layer {layer!r}: {error}") from None
+
+
+def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
+    """The specs of the layers that the plan changes.
+
+    Raises PlanError for a layer that the model does not have or that cannot be compressed, and for a choice that
+    does not fit its layer.
+    """
+    modules = dict(model.named_modules())
+    specs = {}
+    for name, choice in plan.layers.items():
+        module = modules.get(name)
+        if module is None:
+            near = difflib.get_close_matches(name, modules, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PlanError(f"the model has no layer {name!r}{hint}")
+        spec = layer_spec(module)
+        if choice == DENSE:
+            continue
+        if spec is None:
+            raise PlanError(f"layer {name!r} is a {type(module).__name__}, which cannot be compressed")
+        _check_bits(name, choice)
+        try:
+            check_choice(spec, choice)
+        except DecompositionError as error:
+            raise PlanError(f"layer {name!r}: {error}") from None
+        specs[name] = spec
+    return specs
+
+
+def _check_bits(name: str, choice: LayerChoice) -> None:
+    bits = (choice.weight_bits, choice.activation_bits)
+    if bits not in ((32, 32), (8, 8)):
+        raise PlanError(f"layer {name!r}: bits {choice.bits} are not built; use 32/32 or 8/8")
+
+
+def rebuild(model: nn.Module, plan: Plan, weight_limit: int = CODE_LIMIT) -> nn.Module:
+    """A copy of the model with the plan's architecture; the layers that the plan changes hold placeholders.
+
+    Placeholders are random weights at the dense layer's scale from a fixed seed, and positive scales and ranges:
+    with zeros a runtime may drop its integer kernels. `weight_limit` is the largest int8 weight code. Raises PlanError where the plan does not fit the model.
+    """
+    specs = check_plan(model, plan)
+    rebuilt = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(PLACEHOLDER_SEED)
+        built = {name: _placeholder(model.get_submodule(name), plan.choice(name)) for name in specs}
+    return _quantize(replace_modules(rebuilt, built), plan, weight_limit)
+
+
+def compress(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    calibration: Batches | None = None,
+    loss: Any = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    factorisations: Factorisations | None = None,
+    weight_limit: int = CODE_LIMIT,
+) -> nn.Module:
+    """A copy of the model with the plan applied, its factors fitted to the calibration data; nothing is trained.
+
+    The factors minimise the change of each layer's output; then each last factor is solved again by least squares
+    on the inputs that come from the already compressed layers before it; then the ranges of quantized activations
+    are set. Without calibration data factors are fitted to the weights alone, and 8-bit plans are refused.
+    `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model.
+    Raises PlanError where the plan does not fit the model.
+    """
+    specs = check_plan(model, plan)
+    if calibration is None and any(choice.activation_bits == 8 for choice in plan.layers.values()):
+        raise PlanError("8-bit activations need calibration data: pass calibration=, batches of (inputs, targets)")
+    if factorisations is None:
+        if statistics is None:
+            statistics = _collect(model, specs, calibration, loss)
+        factorisations = Factorisations(model, statistics)
+    compressed = copy.deepcopy(model)
+    built = {name: _filled(model, name, plan.choice(name), factorisations) for name in specs}
+    replace_modules(compressed, built)
+    if calibration is not None:
+        refit_last_factors(compressed, _last_factors(built, plan), model, calibration)
+    _quantize(compressed, plan, weight_limit)
+    if calibration is not None:
+        calibrate_ranges(compressed, calibration)
+    return compressed
+
+
+def calibrate_ranges(model: nn.Module, calibration: Batches, n_batches: int = 8) -> None:
+    """Sets the ranges of the model's activation quantizers, in place, from the first calibration batches."""
+    batches = [inputs for inputs, _ in itertools.islice(calibration, n_batches)]
+    observe_ranges(model, batches)
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """The size of `model.safetensors`, header included, without writing it."""
+    return safetensors_size(packed_state(model))
+
+
+def safetensors_size(state: Mapping[str, Tensor]) -> int:
+    """The size of the file that safetensors would write for `state`, without metadata.
+
+    The header is compact JSON with each tensor's dtype, shape and offsets, padded to eight bytes; tensors lie by
+    descending alignment, then by name (https://github.com/huggingface/safetensors#format).
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name in sorted(state, key=lambda name: (-state[name].element_size(), name)):
+        tensor = state[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + (len(text) + 7) // 8 * 8 + offset
+
+
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def count_params(model: nn.Module) -> int:
+    """The number of parameters, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def freeze_weights(model: nn.Module) -> None:
+    """Puts quantized weights onto their grid, in place, so that the packed file gives back the same outputs."""
+    freeze(model)
+
+
+def _collect(
+    model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Batches | None, loss: Any
+) -> dict[str, LayerStatistics]:
+    if calibration is None:
+        return {}
+    inputs = next((inputs for inputs, _ in calibration), None)
+    if inputs is None:
+        raise PlanError("the calibration data yields nothing")
+    found = compressible_layers(model, inputs).layers
+    return collect(model, {name: found[name] for name in specs if name in found}, calibration, loss)
+
+
+def _spec(module: nn.Module) -> LayerSpec:
+    spec = layer_spec(module)
+    assert spec is not None, "checked by check_plan"
+    return spec
+
+
+def _filled(model: nn.Module, name: str, choice: LayerChoice, factorisations: Factorisations) -> nn.Module:
+    """The float modules that stand for the layer, with its factors as weights."""
+    layer = model.get_submodule(name)
+    if choice.decomposition == "none":
+        return copy.deepcopy(layer)
+    factorisation = factorisations.of(name, choice)
+    built = DECOMPOSITIONS[choice.decomposition].build(_spec(layer), choice.ranks, choice.options)
+    factors = list(_factor_modules(built).values())
+    weight = layer.get_parameter("weight").detach()
+    with torch.no_grad():
+        for module, factor in zip(factors, factorisation.factors(choice.ranks), strict=True):
+            module.get_parameter("weight").copy_(factor)
+        bias = factors[-1].get_parameter("bias")
+        bias.zero_()
+        if layer._parameters.get("bias") is not None:
+            bias += layer.get_parameter("bias")
+        statistics = factorisations.statistics.get(name)
+        if statistics is not None and statistics.input_mean is not None:
+            # What the cut components give on average is a constant, which the bias can keep.
+            difference = (weight - factorisation.weight(choice.ranks)).flatten(1).double()
+            bias += (difference @ statistics.input_mean).float()
+    return built.train(layer.training)
+
+
+def _placeholder(layer: nn.Module, choice: LayerChoice) -> nn.Module:
+    spec = _spec(layer)
+    if choice.decomposition == "none":
+        built: nn.Module = build_layer(spec)
+    else:
+        built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.options)
+    factors = list(_factor_modules(built).values())
+    weight = layer.get_parameter("weight").detach()
+    gain = float(weight.norm()) / weight.shape[0] ** 0.5
+    for module in factors:
+        nn.init.kaiming_normal_(module.get_parameter("weight"), nonlinearity="linear")
+    with torch.no_grad():
+        factors[-1].get_parameter("weight").mul_(gain)
+    return built.train(layer.training)
+
+
+def _factor_modules(built: nn.Module) -> dict[str, nn.Module]:
+    """The parametrised modules of a built layer by their path below it, in the order in which they run."""
+    return {name: module for name, module in built.named_modules() if layer_spec(module) is not None}
+
+
+def _last_factors(built: Mapping[str, nn.Module], plan: Plan) -> dict[str, str]:
+    """The submodule that holds the last factor, for each layer that was factored."""
+    return {
+        name: f"{name}.{list(_factor_modules(module))[-1]}"
+        for name, module in built.items()
+        if plan.choice(name).decomposition != "none"
+    }
+
+
+def _quantize(model: nn.Module, plan: Plan, weight_limit: int) -> nn.Module:
+    """The model with the factors of its 8-bit layers replaced, in place, by quantized modules."""
+    return replace_modules(model, dict(_quantized_modules(model, plan, weight_limit)))
+
+
+def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int) -> Iterator[tuple[str, nn.Module]]:
+    for layer, choice in plan.layers.items():
+        if choice.weight_bits == 8:
+            for path, module in _factor_modules(model.get_submodule(layer)).items():
+                yield f"{layer}.{path}" if path else layer, quantize_module(module, weight_limit)

@@ -1,0 +1,107 @@
+"""What a user has without a search: plans that every study tries first, and records beside them."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from ranksearch.errors import RankSearchError
+from ranksearch.evaluation import FRONT_COLUMNS
+from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.profiling import uniform_plan
+from ranksearch.recovery import fine_tune
+from ranksearch.remeasure import Judge, drop_columns
+from ranksearch.runtimes import AbstractSession
+from ranksearch.scoring import paired_drop
+from ranksearch.workbench import Workbench
+
+Row = dict[str, Any]
+
+UNIFORM_SHARES = (0.5, 0.25)
+
+
+def control_plans(bench: Workbench) -> list[tuple[str, Plan]]:
+    """Dense, every layer at 8 bits where the target has the kernels, and uniform ranks: (origin, plan)."""
+    layers, space = bench.found.layers, bench.spec.space
+    plans = [("control: dense", Plan(layers=dict.fromkeys(layers, DENSE)))]
+    supported = {name: bench.runtime.supported_bits(info.spec, bench.spec.target) for name, info in layers.items()}
+    if 8 in space.weight_bits and any((8, 8) in bits for bits in supported.values()):
+        quantized = LayerChoice(weight_bits=8, activation_bits=8)
+        choices = {name: quantized if (8, 8) in bits else DENSE for name, bits in supported.items()}
+        plans.append(("control: 8 bits", Plan(layers=choices)))
+    order = [name for name in ("tucker2", "spatial_svd", "svd") if name in space.decompositions]
+    for share in UNIFORM_SHARES:
+        plan = uniform_plan(layers, order, share, space.rank_multiple, bits=32)
+        if plan.changes():
+            plans.append((f"control: uniform {share:.0%}", plan))
+    return plans
+
+
+def measure_controls(
+    bench: Workbench, home: StudyHome, dense_latency_ms: float, on_control: Callable[[str], None]
+) -> list[Row]:
+    """The records beside the trials as rows of the front, measured once per study and kept.
+
+    A record that cannot be had here, such as an int8 quantizer that is not installed, is a row with its reason in
+    `summary` and no figures.
+    """
+    kept = read_json(home.controls)
+    if not kept:
+        rows = []
+        for name, measure in _records(bench, dense_latency_ms):
+            on_control(name)
+            row: Row = {**dict.fromkeys(FRONT_COLUMNS), "origin": f"control: {name}", "pareto": False}
+            try:
+                row |= {**measure(), "summary": name}
+            except RankSearchError as error:
+                row["summary"] = f"{name}: unavailable: {error}"
+            rows.append(row)
+        kept = {"controls": rows}
+        write_json(home.controls, kept)
+    return list(kept["controls"])
+
+
+def _records(bench: Workbench, dense_latency_ms: float) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """What to measure, by its name."""
+    judge = Judge(bench)
+    runtime, target = bench.runtime, bench.spec.target
+
+    def default_precision() -> Row:
+        session = runtime.prepare(bench.model, bench.example, replace(target, precision="default"))
+        return _session_row(judge, session, dense_latency_ms, bench.dense.model_bytes)
+
+    def own_int8() -> Row:
+        inputs = (inputs for inputs, _ in bench.calibration)
+        session = runtime.quantize_own(bench.model, inputs, bench.example, target)
+        return _session_row(judge, session, dense_latency_ms, session.constant_bytes())
+
+    yield f"dense at {target.runtime}'s default precision", default_precision
+    yield f"int8 by {target.runtime}'s own quantizer", own_int8
+    yield "dense with the same fine-tuning", lambda: _fine_tuned_row(bench, dense_latency_ms)
+
+
+def _session_row(judge: Judge, session: AbstractSession, dense_latency_ms: float, model_bytes: int) -> Row:
+    """An opened model's figures; its accuracy is the runtime's, on validation and on test."""
+    figures = judge.figures(session, dense_latency_ms)
+    row: Row = {name: value for name, value in figures.items() if name in FRONT_COLUMNS}
+    row |= {name.removeprefix("runtime_"): value for name, value in figures.items() if name.startswith("runtime_")}
+    dense = judge.bench.dense
+    return row | {"model_bytes": model_bytes, "bytes_ratio": model_bytes / dense.model_bytes, "macs": dense.macs}
+
+
+def _fine_tuned_row(bench: Workbench, dense_latency_ms: float) -> Row:
+    """Dense after the trials' own fine-tuning: what of a plan's accuracy is training, not the plan."""
+    spec = bench.spec
+    model = copy.deepcopy(bench.model)
+    fine_tune(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
+    model.eval()
+    row: Row = {"latency_ratio": 1.0, "latency_ms": dense_latency_ms, "bytes_ratio": 1.0}
+    row |= {"model_bytes": bench.dense.model_bytes, "n_params": bench.dense.n_params, "macs": bench.dense.macs}
+    for split, prefix in (("validation", ""), ("test", "test_")):
+        batches = getattr(bench.data, split)
+        if batches is not None:
+            dense, tuned = bench.score(bench.model, batches), bench.score(model, batches)
+            drop = paired_drop(dense, tuned, spec.score, spec.higher_is_better, spec.seed)
+            row |= drop_columns(tuned.value, drop, prefix)
+    return row

@@ -1,0 +1,164 @@
+"""What a decomposition is: its arithmetic on weights, its modules, and the ranks worth trying."""
+
+import abc
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.decompositions.ranks import Ranks, equal_share_path, geometric_spread, neighbours
+from ranksearch.errors import DecompositionError
+from ranksearch.layers import ConvSpec, LayerSpec
+from ranksearch.plan import Option
+
+Options = Mapping[str, Option]
+
+# Candidates to time per layer and decomposition.
+MAX_CHOICES = 12
+
+
+class Factorisation(abc.ABC):
+    """One layer's weight, factored once, for every rank."""
+
+    @abc.abstractmethod
+    def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
+        """The float32 weights of the modules that `build` gives at these ranks, in their order, balanced.
+
+        They are the caller's own: changing them changes nothing here.
+        """
+
+    @abc.abstractmethod
+    def weight(self, ranks: Ranks) -> Tensor:
+        """The weight that the factors amount to, float32, in the layer's own shape."""
+
+
+class AbstractDecomposition(abc.ABC):
+    """A way to factor a layer's weight; `options` lists every setting of it that a plan may name.
+
+    The bias is not its concern: the last module that `build` gives carries it.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[tuple[Options, ...]] = ({},)
+
+    @abc.abstractmethod
+    def refuse(self, spec: LayerSpec) -> str | None:
+        """Why it cannot take this layer; None where it can."""
+
+    @abc.abstractmethod
+    def max_ranks(self, spec: LayerSpec, options: Options) -> Ranks:
+        """The largest ranks, at which the factors give back the weight exactly; () where there are none."""
+
+    @abc.abstractmethod
+    def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
+        """The plain modules that take the layer's place; only the last has a bias, always, of zeros."""
+
+    @abc.abstractmethod
+    def factorise(
+        self, weight: Tensor, spec: LayerSpec, options: Options, input_covariance: Tensor | None
+    ) -> Factorisation:
+        """Factors the weight, weighing errors by how often the inputs show them.
+
+        `input_covariance` is (D, D), centred, its rows in the order of `weight.flatten(1)`; None means all inputs
+        alike. Raises DecompositionError where the numbers are not finite or do not fit.
+        """
+
+    @final
+    def n_params(self, spec: LayerSpec, ranks: Ranks, options: Options) -> int:
+        """The parameters of what `build` gives, biases included."""
+        with torch.device("meta"):
+            module = self.build(spec, ranks, options)
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    @final
+    def rank_choices(self, spec: LayerSpec, options: Options, multiple: int) -> list[Ranks]:
+        """The ranks worth timing, fewest parameters first: at most twelve, spread geometrically.
+
+        All are multiples and have fewer parameters than the layer. With several ranks they lie along equal shares
+        of the maxima, some with neighbours that favour one rank. Without ranks the only choice is ().
+        """
+        most = self.max_ranks(spec, options)
+        if not most:
+            return [()]
+        limit = n_dense_params(spec) - 1
+        smaller = self._fitting(equal_share_path(most, multiple), spec, options, limit)
+        if len(most) == 1:
+            return geometric_spread(smaller, MAX_CHOICES)
+        # Shares below a sixteenth on every side at once leave next to nothing of the layer.
+        line = geometric_spread(smaller, MAX_CHOICES // 2, start=len(smaller) / 16)
+        beside = [ranks for middle in line[1::2] for ranks in neighbours(middle, most, multiple)]
+        sizes = {ranks: self.n_params(spec, ranks, options) for ranks in dict.fromkeys(line + beside)}
+        small_enough = [ranks for ranks, size in sizes.items() if size <= limit][:MAX_CHOICES]
+        return sorted(small_enough, key=lambda ranks: (sizes[ranks], ranks))
+
+    @final
+    def uniform_ranks(self, spec: LayerSpec, options: Options, share: float, multiple: int) -> Ranks | None:
+        """The largest ranks, in equal shares, with at most `share` of the layer's parameters; None if none have."""
+        path = equal_share_path(self.max_ranks(spec, options), multiple)
+        fitting = self._fitting(path, spec, options, math.floor(share * n_dense_params(spec)))
+        return fitting[-1] if fitting else None
+
+    @final
+    def _fitting(self, path: list[Ranks], spec: LayerSpec, options: Options, limit: int) -> list[Ranks]:
+        """The part of the path with at most `limit` parameters; they grow along it."""
+        return path[: bisect_right(path, limit, key=lambda ranks: self.n_params(spec, ranks, options))]
+
+
+def n_dense_params(spec: LayerSpec) -> int:
+    """The parameters of the layer as it is, bias included."""
+    return math.prod(spec.weight_shape) + (spec.weight_shape[0] if spec.bias else 0)
+
+
+def describe(spec: LayerSpec) -> str:
+    """The layer in an error message: `Conv2d(16 -> 32, 3x3, groups=4)`."""
+    if not isinstance(spec, ConvSpec):
+        return f"Linear({spec.in_features} -> {spec.out_features})"
+    kernel = "x".join(str(size) for size in spec.kernel_size)
+    groups = f", groups={spec.groups}" if spec.groups > 1 else ""
+    return f"Conv2d({spec.in_channels} -> {spec.out_channels}, {kernel}{groups})"
+
+
+def refuse_groups(spec: LayerSpec) -> str | None:
+    """Why a grouped convolution is not factored; None for every other layer."""
+    if not isinstance(spec, ConvSpec) or spec.groups == 1:
+        return None
+    if spec.groups == spec.in_channels:
+        return "a depthwise convolution filters each channel alone: there is no rank to cut"
+    return f"a convolution in {spec.groups} groups is not factored"
+
+
+def refuse_pointwise(spec: LayerSpec) -> str | None:
+    """Why a layer without a spatial kernel is not for spatial decompositions; None for k x k convolutions."""
+    if not isinstance(spec, ConvSpec):
+        return "a Linear has no spatial kernel; svd factors it"
+    if spec.kernel_size == (1, 1):
+        return "a 1x1 convolution has no spatial kernel; svd factors it"
+    return None
+
+
+def chain(*modules: nn.Conv2d | nn.Linear) -> nn.Sequential:
+    """The modules one after the other, the last one's bias set to zero."""
+    last = modules[-1]
+    assert last.bias is not None, "the last factor always carries the layer's bias"
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*modules)
+
+
+def double_precision(weight: Tensor, spec: LayerSpec, covariance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and covariance in float64 on the weight's device. Raises DecompositionError where shapes do not fit."""
+    if tuple(weight.shape) != spec.weight_shape:
+        raise DecompositionError(
+            f"{describe(spec)}: the weight is {tuple(weight.shape)}; its layer's is {spec.weight_shape}"
+        )
+    exact = weight.detach().double()
+    if covariance is None:
+        return exact, None
+    n_inputs = math.prod(spec.weight_shape[1:])
+    if tuple(covariance.shape) != (n_inputs, n_inputs):
+        raise DecompositionError(
+            f"{describe(spec)}: the input covariance is {tuple(covariance.shape)}; it must be {(n_inputs, n_inputs)}"
+        )
+    return exact, covariance.detach().to(exact)

@@ -1,0 +1,227 @@
+"""The ladder: a plan's latency and bytes, its accuracy after BatchNorm re-estimation, and after short fine-tuning."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ranksearch.compression import (
+    Factorisations,
+    calibrate_ranges,
+    compress,
+    count_params,
+    freeze_weights,
+    packed_bytes,
+    rebuild,
+)
+from ranksearch.latency import Latency, compare, device_lock
+from ranksearch.layers import count_macs
+from ranksearch.plan import Plan
+from ranksearch.recovery import fine_tune, reestimate_batchnorm
+from ranksearch.scoring import output_distance, paired_drop
+from ranksearch.spec import Objective
+from ranksearch.workbench import Workbench, first_rows, to_arrays
+
+Rung = Literal["latency", "quick", "fine_tuned", "full"]
+
+# What a trial may spend on narrowing its latency interval; the front is measured again at more length.
+MAX_LATENCY_SECONDS = 1.5
+
+FRONT_COLUMNS = (
+    "trial", "run_id", "summary", "accuracy", "accuracy_drop", "drop_low", "drop_high",
+    "latency_ms", "latency_p95_ms", "latency_ratio", "ratio_low", "ratio_high",
+    "model_bytes", "bytes_ratio", "n_params", "macs",
+    "feasible", "surely_feasible", "pareto", "rung", "origin",
+    "test_accuracy", "test_accuracy_drop", "test_drop_low", "test_drop_high",
+)  # fmt: skip
+
+
+class Evaluation(BaseModel):
+    """What one trial measured, and how far up the ladder it went.
+
+    Drops are dense minus plan in score units, ratios plan over dense, intervals at 95 %. What a stopped plan did
+    not reach is None. `seconds` says where the time went, by step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan: Plan
+    rung: Rung
+    stopped: str | None = None
+    accuracy: float | None = None
+    accuracy_drop: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    quick_drop: float | None = None
+    output_distance: float | None = None
+    latency_ms: float
+    latency_p95_ms: float
+    latency_ratio: float
+    ratio_low: float
+    ratio_high: float
+    model_bytes: int
+    bytes_ratio: float
+    n_params: int
+    macs: int
+    predicted_loss: float | None = None
+    seconds: dict[str, float]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The objectives' values by name; drop is infinite where it was not measured."""
+        return {
+            "drop": float("inf") if self.accuracy_drop is None else self.accuracy_drop,
+            "latency": self.latency_ratio,
+            "bytes": self.bytes_ratio,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluator:
+    """Takes plans up the ladder on a workbench.
+
+    `limits` are the goals as ratios; a plan that surely misses one of latency or bytes stops there, except those
+    whose hashes are `never_stopped`. `keep` is given the finished model of each plan. Once `should_abort` says so
+    the evaluation ends with KeyboardInterrupt.
+    """
+
+    bench: Workbench
+    factorisations: Factorisations
+    dense_latency_ms: float
+    limits: Mapping[Objective, float] = field(default_factory=dict)
+    predict_loss: Callable[[Plan], float | None] = lambda _plan: None
+    never_stopped: frozenset[str] = frozenset()
+    keep: Callable[[Plan, nn.Module], None] = lambda _plan, _model: None
+    should_abort: Callable[[], bool] = lambda: False
+    on_step: Callable[[int, int, float], None] | None = None
+    clock: Callable[[], float] = time.perf_counter
+
+    def evaluate(self, plan: Plan) -> Evaluation:
+        """The plan's figures, up to the rung of short fine-tuning.
+
+        Raises PlanError where the plan does not fit the model; whatever the model, the data or the runtime raise
+        goes through.
+        """
+        seconds: dict[str, float] = {}
+        figures = self._measure(plan, seconds)
+        stopped = None if plan.hash() in self.never_stopped else self._misses(figures)
+        if stopped is not None:
+            return Evaluation(**figures, rung="latency", stopped=stopped, seconds=seconds)
+        if not plan.changes():
+            return Evaluation(**figures, rung="fine_tuned", seconds=seconds, **self._dense_accuracy())
+        model, quick_drop = self._fit(plan, seconds)
+        with self._timed(seconds, "fine_tune"):
+            self._fine_tune(model)
+        with self._timed(seconds, "validate"):
+            accuracy = self._accuracy(model)
+        with self._timed(seconds, "store"):
+            self.keep(plan, model)
+        return Evaluation(**figures, rung="fine_tuned", quick_drop=quick_drop, seconds=seconds, **accuracy)
+
+    def _measure(self, plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
+        """Latency and bytes, from the architecture alone: cheap, so it comes first."""
+        bench = self.bench
+        with self._timed(seconds, "build"):
+            candidate = rebuild(bench.model, plan, bench.weight_limit).eval()
+            model_bytes, n_params = packed_bytes(candidate), count_params(candidate)
+            macs = count_macs(candidate, first_rows(bench.calibration, 1))
+        with self._timed(seconds, "convert"):
+            session = bench.runtime.prepare(candidate, bench.example, bench.spec.target)
+            run = session.bind(to_arrays(bench.example))
+        with self._timed(seconds, "latency"), device_lock(bench.spec.target):
+            latency = compare(run, bench.dense.run, max_seconds=MAX_LATENCY_SECONDS, seed=bench.spec.seed)
+        return {
+            "plan": plan,
+            "model_bytes": model_bytes,
+            "bytes_ratio": model_bytes / bench.dense.model_bytes,
+            "n_params": n_params,
+            "macs": macs,
+            "predicted_loss": self.predict_loss(plan),
+            **latency_columns(latency, self.dense_latency_ms),
+        }
+
+    def _misses(self, figures: Mapping[str, Any]) -> str | None:
+        """Why the plan cannot meet the goals whatever its accuracy, or None."""
+        latency = self.limits.get("latency")
+        if latency is not None and figures["ratio_low"] > latency:
+            return f"latency {figures['latency_ratio']:.3f}x misses the goal of {latency:.3f}x"
+        size = self.limits.get("bytes")
+        if size is not None and figures["bytes_ratio"] > size:
+            return f"size {figures['bytes_ratio']:.3f}x misses the goal of {size:.3f}x"
+        return None
+
+    def _fit(self, plan: Plan, seconds: dict[str, float]) -> tuple[nn.Module, float]:
+        """The compressed model with BatchNorm re-estimated where it helps, and its drop."""
+        bench = self.bench
+        with self._timed(seconds, "compress"):
+            model = compress(
+                bench.model,
+                plan,
+                calibration=bench.calibration,
+                factorisations=self.factorisations,
+                weight_limit=bench.weight_limit,
+            ).eval()
+        with self._timed(seconds, "quick"):
+            reestimate_batchnorm(model, bench.train, bench.model, bench.calibration, bench.spec.loss)
+            quick_drop = self._accuracy(model)["accuracy_drop"]
+        return model, quick_drop
+
+    def _fine_tune(self, model: nn.Module) -> None:
+        """Short distillation from dense, in place; afterwards ranges are set anew and weights put on their grid."""
+        bench, spec = self.bench, self.bench.spec
+        if spec.recovery.steps != 0 and (spec.recovery.steps or spec.recovery.epochs > 0):
+            fine_tune(
+                model,
+                bench.model,
+                bench.train,
+                spec.loss,
+                spec.recovery,
+                seed=spec.seed,
+                should_stop=self.should_abort,
+                on_step=self.on_step,
+            )
+        model.eval()
+        calibrate_ranges(model, bench.calibration)
+        freeze_weights(model)
+
+    def _accuracy(self, model: nn.Module) -> dict[str, float | None]:
+        bench, spec = self.bench, self.bench.spec
+        scores = bench.score(model, bench.data.validation)
+        drop = paired_drop(bench.dense.scores, scores, spec.score, spec.higher_is_better, spec.seed)
+        distance = None
+        if scores.outputs is not None and bench.dense.scores.outputs is not None:
+            distance = output_distance(scores.outputs, bench.dense.scores.outputs, spec.loss)
+        return {
+            "accuracy": scores.value,
+            "accuracy_drop": drop.value,
+            "drop_low": drop.low,
+            "drop_high": drop.high,
+            "output_distance": distance,
+        }
+
+    def _dense_accuracy(self) -> dict[str, float]:
+        return {"accuracy": self.bench.dense.scores.value, "accuracy_drop": 0.0, "drop_low": 0.0, "drop_high": 0.0}
+
+    @contextmanager
+    def _timed(self, seconds: dict[str, float], step: str) -> Iterator[None]:
+        start = self.clock()
+        yield
+        if self.should_abort():
+            raise KeyboardInterrupt
+        seconds[step] = seconds.get(step, 0.0) + self.clock() - start
+
+
+def latency_columns(latency: Latency, dense_latency_ms: float) -> dict[str, float]:
+    """A measured ratio as the front's columns, in the milliseconds that dense took when the study began."""
+    scale = dense_latency_ms / latency.reference_ms
+    return {
+        "latency_ratio": latency.ratio,
+        "ratio_low": latency.ratio_low,
+        "ratio_high": latency.ratio_high,
+        "latency_ms": latency.ratio * dense_latency_ms,
+        "latency_p95_ms": latency.latency_p95_ms * scale,
+    }

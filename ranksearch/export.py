@@ -1,0 +1,211 @@
+"""Save, load and verify compressed models."""
+
+import hashlib
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ranksearch.compression import freeze_weights, rebuild
+from ranksearch.errors import PlanError, StudyError
+from ranksearch.home import read_json, write_json
+from ranksearch.plan import Plan, Provenance, Quantizer
+from ranksearch.quantization import activation_quantizers, load_packed, packed_state
+from ranksearch.workbench import Workbench, to_arrays
+
+PLAN, WEIGHTS, RUNTIME, EXAMPLE, REPORT = (
+    "plan.json",
+    "model.safetensors",
+    "runtime.json",
+    "example.safetensors",
+    "report.md",
+)
+_PACKAGES = ("ranksearch", "torch", "openvino", "optuna", "numpy")
+
+
+def save(model: nn.Module, plan: Plan, directory: str | Path) -> Plan:
+    """Writes `plan.json` and `model.safetensors`, packed bits, for a model that was compressed by `plan`.
+
+    Quantized weights are put onto their grid in place first, so that what is saved is what the model computes.
+    Gives the plan as written: with the ranges of its quantizers and the SHA-256 of the weights.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    freeze_weights(model)
+    save_file({name: tensor.contiguous() for name, tensor in packed_state(model).items()}, folder / WEIGHTS)
+    provenance = plan.provenance or Provenance()
+    written = plan.model_copy(
+        update={
+            "quantizers": _quantizers(model),
+            "provenance": provenance.model_copy(
+                update={"versions": _versions(), "sha256": file_sha256(folder / WEIGHTS)}
+            ),
+        }
+    )
+    (folder / PLAN).write_text(written.to_json(), encoding="utf-8")
+    return written
+
+
+def load(directory: str | Path, model: nn.Module) -> nn.Module:
+    """A compressed copy of `model`, the dense model or one of its architecture, with the weights of an export folder.
+
+    It is trainable, and computes exactly what was saved. Raises PlanError where the folder is damaged or does not
+    fit the model.
+    """
+    folder = Path(directory)
+    plan = Plan.read(folder / PLAN)
+    expected = plan.provenance.sha256 if plan.provenance else None
+    if not (folder / WEIGHTS).is_file():
+        raise PlanError(f"{folder / WEIGHTS} is missing; export the plan again")
+    if expected is not None and file_sha256(folder / WEIGHTS) != expected:
+        raise PlanError(f"{folder / WEIGHTS} is not the file that {PLAN} names by its SHA-256; export the plan again")
+    loaded = rebuild(model, plan)
+    try:
+        load_packed(loaded, load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise PlanError(f"{folder / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
+    return loaded.eval()
+
+
+def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path) -> None:
+    """Writes a finished plan's folder: plan, packed weights, the target's artefact, an example and its output.
+
+    Written aside and renamed, so that a folder of this name is whole.
+    """
+    target, runtime = bench.spec.target, bench.runtime
+    plan = plan.model_copy(update={"target": asdict(target)})
+    with written_aside(directory) as folder:
+        save(model, plan, folder)
+        artefact = runtime.serialise(model, bench.example, target, folder)
+        session = runtime.open(artefact, target)
+        _write_example(folder, bench.example, session.run(to_arrays(bench.example)))
+        write_json(
+            folder / RUNTIME,
+            {
+                "target": asdict(target),
+                "options": runtime.options(target),
+                "fingerprint": runtime.fingerprint(target),
+                "artefact": artefact.name,
+                "kernels": count_kernels(session.kernels()),
+                "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
+            },
+        )
+
+
+def export_bundle(
+    bundle: Path, destination: Path, measured: Mapping[str, Any], report: str, provenance: Provenance, force: bool
+) -> None:
+    """Copies a finished plan's folder to `destination` with its figures, its report and an example of loading it.
+
+    Raises StudyError where `destination` exists and `force` is not given, or the bundle is gone.
+    """
+    if not (bundle / PLAN).is_file():
+        raise StudyError(f"the weights of this plan are gone ({bundle}); choose another trial, or run it again")
+    if destination.exists() and not force and any(destination.iterdir()):
+        raise StudyError(f"{destination} exists and is not empty; choose another folder, or pass --force")
+    plan = Plan.read(bundle / PLAN)
+    written = plan.provenance or Provenance()
+    plan = plan.model_copy(
+        update={"provenance": provenance.model_copy(update={"versions": written.versions, "sha256": written.sha256})}
+    )
+    with written_aside(destination) as folder:
+        for path in bundle.iterdir():
+            shutil.copy2(path, folder / path.name)
+        (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (folder / REPORT).write_text(report, encoding="utf-8")
+        (folder / "load_example.py").write_text(_LOAD_EXAMPLE, encoding="utf-8")
+        runtime = {**read_json(folder / RUNTIME), "measured": dict(measured)}
+        runtime["sha256"] = {**runtime["sha256"], PLAN: file_sha256(folder / PLAN)}
+        write_json(folder / RUNTIME, runtime)
+
+
+@contextmanager
+def written_aside(directory: Path) -> Iterator[Path]:
+    """A temporary folder beside `directory` that takes its place when the block ends well."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        yield aside
+        if directory.exists():
+            shutil.rmtree(directory)
+        aside.chmod(0o755)
+        aside.rename(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _quantizers(model: nn.Module) -> tuple[Quantizer, ...]:
+    ranges = {name: quantizer.range for name, quantizer in activation_quantizers(model).items()}
+    return tuple(Quantizer(where=name, low=low, high=high) for name, (low, high) in ranges.items())
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def count_kernels(kernels: Mapping[str, str]) -> dict[str, int]:
+    """How many nodes run each kind of kernel."""
+    counts: dict[str, int] = {}
+    for kernel in kernels.values():
+        counts[kernel] = counts.get(kernel, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _write_example(folder: Path, inputs: Any, outputs: Any) -> None:
+    tensors = {f"input.{name}": tensor.contiguous() for name, tensor in named_values(inputs).items()}
+    tensors |= {f"output.{name}": torch.as_tensor(array).contiguous() for name, array in named_values(outputs).items()}
+    kind = "mapping" if isinstance(inputs, Mapping) else "tuple" if isinstance(inputs, tuple | list) else "tensor"
+    save_file(tensors, folder / EXAMPLE, metadata={"inputs": kind})
+
+
+def named_values(values: Any) -> dict[str, Any]:
+    """Inputs or outputs by name: those of a mapping, else `0`, `1`, ..."""
+    if isinstance(values, Mapping):
+        return dict(values)
+    if isinstance(values, tuple | list):
+        return {str(i): value for i, value in enumerate(values)}
+    return {"0": values}
+
+
+_LOAD_EXAMPLE = '''"""Loads this compressed model into the architecture of the study it came from, and runs its example.
+
+    python load_example.py STUDY.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import ranksearch as rs
+from ranksearch.spec import load_study
+
+here = Path(__file__).parent
+model = rs.load(here, load_study(sys.argv[1]).model())
+example = load_file(here / "example.safetensors")
+with torch.no_grad():
+    output = model(example["input.0"])
+print("largest difference to the recorded output:", float((output - example["output.0"]).abs().max()))
+'''

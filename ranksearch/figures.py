@@ -1,0 +1,287 @@
+"""Pictures of a study: the Pareto front (interactive and as PNG) and a plan along the model's depth.
+
+Rows are mappings keyed by the front's columns: `accuracy_drop`, `latency_ratio`, `model_bytes`, `summary`, `origin` ...
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ranksearch.pareto import non_dominated
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from plotly.graph_objects import Figure
+
+Row = Mapping[str, object]
+
+# The origin of plans that a user has without any search begins so.
+CONTROL = "control"
+DENSE_ORIGIN = f"{CONTROL}: dense"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One scatter: its horizontal axis and the columns that bound the interval there, if any."""
+
+    x: str
+    label: str
+    low: str | None = None
+    high: str | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marker:
+    """How one kind of plan is drawn, by plotly and by matplotlib."""
+
+    label: str
+    symbol: str
+    mpl: Literal["*", "D", "o"]
+    size: int
+    opacity: float
+
+
+PANELS = (
+    Panel(x="latency_ratio", label="latency, plan over dense", low="ratio_low", high="ratio_high"),
+    Panel(x="model_bytes", label="size of the weights, MB", scale=1e-6),
+)
+MARKERS = {
+    "trial": Marker(label="trial", symbol="circle", mpl="o", size=7, opacity=0.45),
+    "control": Marker(label="control (no search)", symbol="diamond", mpl="D", size=10, opacity=1.0),
+    "front": Marker(label="Pareto front", symbol="circle", mpl="o", size=12, opacity=1.0),
+    "dense": Marker(label="dense", symbol="star", mpl="*", size=17, opacity=1.0),
+}
+DROP_LABEL = "drop, dense minus plan (score units)"
+
+
+def number(row: Row, column: str) -> float | None:
+    """A row's number in `column`; None where it is missing, not a number, or not finite."""
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def is_control(row: Row) -> bool:
+    """Whether the row is a plan that a user has without any search."""
+    return str(row.get("origin", "")).startswith(CONTROL)
+
+
+def kind(row: Row) -> str:
+    """The marker's name of a row: dense, control, front or trial."""
+    tests: tuple[tuple[str, Callable[[], bool]], ...] = (
+        ("dense", lambda: row.get("origin") == DENSE_ORIGIN),
+        ("control", lambda: is_control(row)),
+        ("front", lambda: bool(row.get("pareto"))),
+    )
+    return next((name for name, test in tests if test()), "trial")
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have what the picture shows: drop, latency ratio and size."""
+    wanted = ("accuracy_drop", "latency_ratio", "model_bytes")
+    return [row for row in rows if all(number(row, column) is not None for column in wanted)]
+
+
+def pareto_figure(rows: Sequence[Row], title: str = "Pareto front") -> "Figure":
+    """Drop against latency and against size, coloured by size; lower left is better.
+
+    Dense and the controls have their own markers, whiskers are the intervals at 95 %, hovering tells the summary.
+    Rows without a drop (stopped before their accuracy was measured) are counted in the title.
+    """
+    from plotly.subplots import make_subplots
+
+    shown = measured(rows)
+    figure = make_subplots(rows=1, cols=len(PANELS), shared_yaxes=True, horizontal_spacing=0.04)
+    for column, panel in enumerate(PANELS, start=1):
+        figure.add_trace(_staircase_trace(shown, panel, legend=column == 1), row=1, col=column)
+        for name in MARKERS:
+            chosen = [row for row in shown if kind(row) == name]
+            if chosen:
+                figure.add_trace(_points_trace(chosen, name, panel, legend=column == 1), row=1, col=column)
+        figure.update_xaxes(title_text=panel.label, row=1, col=column)
+    figure.update_yaxes(title_text=DROP_LABEL, row=1, col=1)
+    figure.update_layout(
+        title={"text": _title(title, rows, shown)},
+        template="plotly_white",
+        coloraxis={"colorscale": "Viridis", "colorbar": {"title": {"text": "MB"}}},
+        legend={"orientation": "h", "y": -0.18},
+        margin={"l": 70, "r": 30, "t": 70, "b": 80},
+    )
+    return figure
+
+
+def pareto_html(rows: Sequence[Row], title: str = "Pareto front") -> str:
+    """The interactive picture as one page that asks for nothing outside itself (about 5 MB)."""
+    # plotly shows a button that uploads the chart; a study's figures are nobody else's.
+    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
+    figure = pareto_figure(rows, title)
+    # A height of its own: inside MLflow's frame there is none to take a share of.
+    page = figure.to_html(include_plotlyjs=True, full_html=True, config=config, default_height="680px")
+    return str(page)
+
+
+def pareto_png(rows: Sequence[Row], title: str = "Pareto front") -> bytes:
+    """The same picture as PNG, 1400 x 600 pixels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as StaticFigure
+
+    shown = measured(rows)
+    # Without pyplot: no global state, no display, safe beside a user's own plots.
+    figure = StaticFigure(figsize=(14, 6), dpi=100, layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for panel, axis in zip(PANELS, axes, strict=True):
+        _draw_panel(axis, shown, panel)
+    axes[0].set_ylabel(DROP_LABEL)
+    if shown:
+        axes[0].legend(loc="upper right", fontsize=9)
+    figure.suptitle(_title(title, rows, shown).replace("<br>", "\n"))
+    content = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def layers_figure(layers: Sequence[Row], title: str = "Layers") -> "Figure":
+    """A plan along the depth: for each layer the share of its bytes (and latency, where known) that is left.
+
+    `layers` have `layer`, `choice` (the label), `bytes_ratio` and perhaps `latency_ratio`, first layer first.
+    """
+    import plotly.graph_objects as go
+
+    names = [str(layer["layer"]) for layer in layers]
+    labels = [str(layer.get("choice", "")) for layer in layers]
+    figure = go.Figure()
+    for column, label in (("bytes_ratio", "bytes"), ("latency_ratio", "latency")):
+        shares = [number(layer, column) for layer in layers]
+        if any(share is not None for share in shares):
+            hover = "%{x}<br>%{customdata}<br>" + label + " %{y:.2f} of dense<extra></extra>"
+            figure.add_trace(go.Bar(x=names, y=shares, name=label, customdata=labels, hovertemplate=hover))
+    figure.add_hline(y=1.0, line={"dash": "dot", "color": "grey"})
+    figure.update_layout(
+        title={"text": title}, template="plotly_white", barmode="group", yaxis={"title": {"text": "plan over dense"}}
+    )
+    return figure
+
+
+def _title(title: str, rows: Sequence[Row], shown: Sequence[Row]) -> str:
+    """The title with what is shown and what is left out."""
+    n_front = sum(bool(row.get("pareto")) for row in shown)
+    n_hidden = len(rows) - len(shown)
+    hidden = f"; {n_hidden} stopped before their accuracy was measured" if n_hidden else ""
+    return f"{title}<br>{len(shown)} plans, {n_front} on the front{hidden}. Lower left is better."
+
+
+def _values(rows: Sequence[Row], column: str, scale: float = 1.0) -> list[float]:
+    """The column's numbers, missing ones as NaN."""
+    found = (number(row, column) for row in rows)
+    return [math.nan if value is None else value * scale for value in found]
+
+
+def _whiskers(rows: Sequence[Row], middle: str, low: str, high: str) -> tuple[list[float], list[float]]:
+    """Lengths below and above the value; zero where a row has no interval."""
+    centre, below, above = (np.array(_values(rows, column)) for column in (middle, low, high))
+    lengths = np.nan_to_num(np.stack([centre - below, above - centre]), nan=0.0).clip(min=0.0)
+    return lengths[0].tolist(), lengths[1].tolist()
+
+
+def _staircase(rows: Sequence[Row], panel: Panel) -> tuple[list[float], list[float]]:
+    """The corners of the best drop at each value of the panel's axis, in axis order."""
+    points = np.array([_values(rows, panel.x, panel.scale), _values(rows, "accuracy_drop")]).T.reshape(-1, 2)
+    best = points[non_dominated(points)]
+    best = best[np.argsort(best[:, 0])]
+    return best[:, 0].tolist(), best[:, 1].tolist()
+
+
+def _staircase_trace(rows: Sequence[Row], panel: Panel, legend: bool) -> Any:
+    """The line under which no plan lies in this panel."""
+    import plotly.graph_objects as go
+
+    x, y = _staircase(rows, panel)
+    style = {"shape": "hv", "dash": "dot", "color": "grey", "width": 1}
+    name = "best in this panel"
+    return go.Scatter(x=x, y=y, mode="lines", line=style, hoverinfo="skip", name=name, showlegend=legend)
+
+
+def _points_trace(rows: Sequence[Row], name: str, panel: Panel, legend: bool) -> Any:
+    """One kind of plan in one panel."""
+    import plotly.graph_objects as go
+
+    marker = MARKERS[name]
+    return go.Scatter(
+        x=_values(rows, panel.x, panel.scale),
+        y=_values(rows, "accuracy_drop"),
+        mode="markers",
+        name=marker.label,
+        legendgroup=name,
+        showlegend=legend,
+        text=[_hover(row) for row in rows],
+        hovertemplate="%{text}<extra></extra>",
+        error_y=_error_bar(rows, "accuracy_drop", "drop_low", "drop_high"),
+        error_x=_error_bar(rows, panel.x, panel.low, panel.high),
+        marker={
+            "symbol": marker.symbol,
+            "size": marker.size,
+            "opacity": marker.opacity,
+            "color": _values(rows, "model_bytes", 1e-6),
+            "coloraxis": "coloraxis",
+            "line": {"width": 1, "color": "black"},
+        },
+    )
+
+
+def _error_bar(rows: Sequence[Row], middle: str, low: str | None, high: str | None) -> dict[str, Any] | None:
+    """Plotly's description of an interval, thin and pale; None where the axis has none."""
+    if low is None or high is None:
+        return None
+    below, above = _whiskers(rows, middle, low, high)
+    return {
+        "type": "data",
+        "arrayminus": below,
+        "array": above,
+        "thickness": 0.8,
+        "width": 2,
+        "color": "rgba(0,0,0,.3)",
+    }
+
+
+def _hover(row: Row) -> str:
+    """What hovering over a point tells."""
+    trial = number(row, "trial")
+    parts = [f"<b>{row.get('summary', '')}</b>", str(row.get("origin", ""))]
+    if trial is not None:
+        parts[1] = f"trial {trial:.0f}, {parts[1]}"
+    columns = (("accuracy", "accuracy {:.4f}"), ("latency_ms", "{:.3g} ms"), ("bytes_ratio", "{:.0%} of dense's bytes"))
+    for column, text in columns:
+        value = number(row, column)
+        if value is not None:
+            parts.append(text.format(value))
+    return "<br>".join(parts)
+
+
+def _draw_panel(axis: "Axes", rows: Sequence[Row], panel: Panel) -> None:
+    """One panel of the PNG."""
+    x, y = _staircase(rows, panel)
+    axis.step(x, y, where="post", linestyle=":", color="grey", linewidth=1)
+    sizes = _values(rows, "model_bytes", 1e-6)
+    for name, marker in MARKERS.items():
+        chosen = [row for row in rows if kind(row) == name]
+        if not chosen:
+            continue
+        points = _values(chosen, panel.x, panel.scale), _values(chosen, "accuracy_drop")
+        below, above = _whiskers(chosen, "accuracy_drop", "drop_low", "drop_high")
+        axis.errorbar(*points, yerr=(below, above), fmt="none", ecolor="0.75", elinewidth=0.8, zorder=1)
+        if panel.low is not None and panel.high is not None:
+            sides = _whiskers(chosen, panel.x, panel.low, panel.high)
+            axis.errorbar(*points, xerr=sides, fmt="none", ecolor="0.75", elinewidth=0.8, zorder=1)
+        axis.scatter(
+            *points, c=_values(chosen, "model_bytes", 1e-6), vmin=min(sizes), vmax=max(sizes), cmap="viridis",
+            marker=marker.mpl, s=marker.size**2, alpha=marker.opacity, edgecolors="black", label=marker.label, zorder=2,
+        )  # fmt: skip
+    axis.set_xlabel(panel.label)
+    axis.grid(alpha=0.3)

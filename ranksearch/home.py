@@ -1,0 +1,91 @@
+"""Where a study's state lies on disk: names of files, nothing more."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranksearch.cache import write_atomically
+from ranksearch.errors import StudyError
+
+DEFAULT_HOME = Path(".ranksearch")
+
+
+@dataclass(frozen=True, slots=True)
+class StudyHome:
+    """The folder of one study.
+
+    `study.json` holds the script's path and the target's fingerprint, `journal.log` the trials,
+    `candidates.json` the candidate table, `controls.json` what a user has without a search,
+    `remeasured.json` the front on test data; `plans/` holds weights and artefact of each finished plan.
+    """
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def journal(self) -> Path:
+        return self.directory / "journal.log"
+
+    @property
+    def candidates(self) -> Path:
+        return self.directory / "candidates.json"
+
+    @property
+    def controls(self) -> Path:
+        return self.directory / "controls.json"
+
+    @property
+    def remeasured(self) -> Path:
+        return self.directory / "remeasured.json"
+
+    @property
+    def study(self) -> Path:
+        return self.directory / "study.json"
+
+    @property
+    def plans(self) -> Path:
+        return self.directory / "plans"
+
+    def plan(self, plan_hash: str) -> Path:
+        """The folder of one plan: its weights, its artefact and what was measured."""
+        return self.plans / plan_hash
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, {} where there is none. Raises StudyError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path} cannot be read: {error}; restore it, or start over with --new") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes aside, then renames."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def studies_in(home: Path) -> list[StudyHome]:
+    """The studies under `home`, the most recently touched first."""
+    found = [StudyHome(file.parent) for file in home.glob("*/study.json")]
+    return sorted(found, key=lambda study: study.study.stat().st_mtime, reverse=True)
+
+
+def find_study(home: Path, name: str | None) -> StudyHome:
+    """The study of that name, or the only one. Raises StudyError that lists what there is."""
+    studies = studies_in(home)
+    if name is not None:
+        matching = [study for study in studies if study.name == name]
+    else:
+        matching = studies
+    if len(matching) == 1:
+        return matching[0]
+    listed = ", ".join(sorted(study.name for study in studies)) or "none; start one with `ranksearch run STUDY.py`"
+    wanted = f"no study {name!r}" if name is not None else "more than one study" if studies else "no study"
+    raise StudyError(f"{wanted} in {home} (there: {listed}); name a script or --study NAME, and --home where it lies")

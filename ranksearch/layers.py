@@ -1,0 +1,251 @@
+"""The layers that can be compressed, what they look like, and why the others cannot."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ranksearch.errors import StudyError
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearSpec:
+    """A linear layer without its weights."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvSpec:
+    """A two-dimensional convolution without its weights; `padding` is in pixels or torch's word for it."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: PaddingMode
+    bias: bool
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+
+LayerSpec = LinearSpec | ConvSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerInfo:
+    """A compressible layer as it runs: shapes are those of its first call, MACs those of all calls together."""
+
+    name: str
+    spec: LayerSpec
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int
+    n_params: int
+    n_calls: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundLayers:
+    """The compressible layers by name, in the order in which they first run, and the skipped with the reason."""
+
+    layers: Mapping[str, LayerInfo]
+    skipped: Mapping[str, str]
+
+
+def layer_spec(module: nn.Module) -> LayerSpec | None:
+    """The spec of a Linear or Conv2d; None for any other module, subclasses included."""
+    if type(module) is nn.Linear:
+        return LinearSpec(
+            in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None
+        )
+    if type(module) is nn.Conv2d:
+        return ConvSpec(
+            in_channels=module.in_channels,
+            out_channels=module.out_channels,
+            kernel_size=cast(tuple[int, int], module.kernel_size),
+            stride=cast(tuple[int, int], module.stride),
+            padding=cast("tuple[int, int] | str", module.padding),
+            dilation=cast(tuple[int, int], module.dilation),
+            groups=module.groups,
+            padding_mode=cast(PaddingMode, module.padding_mode),
+            bias=module.bias is not None,
+        )
+    return None
+
+
+def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv2d:
+    """A fresh layer of this spec, weights as torch initialises them."""
+    if isinstance(spec, LinearSpec):
+        return nn.Linear(spec.in_features, spec.out_features, bias=spec.bias)
+    return nn.Conv2d(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        bias=spec.bias,
+        padding_mode=spec.padding_mode,
+    )
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Calls the model as users write it: a tensor as model(x), a tuple as model(*x), a mapping as model(**x)."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode without gradients; every submodule's mode comes back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
+    """Runs the model once on `example` and lists its Linear and Conv2d layers.
+
+    A module registered under several names counts once, under the first. Raises StudyError where no layer can
+    be compressed, with what was skipped and why.
+    """
+    modules = {name: module for name, module in model.named_modules() if _has_matrix(module)}
+    specs = {name: layer_spec(module) for name, module in modules.items()}
+    calls: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+
+    def record(name: str) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            given = inputs[0] if inputs else named["input"]
+            calls.setdefault(name, []).append((tuple(given.shape), tuple(output.shape)))
+
+        return hook
+
+    handles = [
+        modules[name].register_forward_hook(record(name), with_kwargs=True) for name, spec in specs.items() if spec
+    ]
+    try:
+        with evaluating(model):
+            call_model(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    users, readers = _weight_users(model), _direct_readers(model)
+    skipped = {}
+    for name, spec in specs.items():
+        reason = _reason_to_skip(modules[name], spec, name in calls, users) or readers.get(id(modules[name]))
+        if reason is not None:
+            skipped[name] = reason
+    layers = {name: _layer_info(name, modules[name], shapes) for name, shapes in calls.items() if name not in skipped}
+    if not layers:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in skipped.items()) or "it has no weights"
+        raise StudyError(f"{type(model).__name__} has no layer that can be compressed: {listed}")
+    return FoundLayers(layers=layers, skipped=skipped)
+
+
+def count_macs(model: nn.Module, example: Any) -> int:
+    """Multiply-adds of the weights that the model applies to `example`, one row; any module with a `weight` counts."""
+    total = 0
+
+    def add(module: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal total
+        if isinstance(output, Tensor):
+            total += output[0].numel() * module.get_parameter("weight")[0].numel()
+
+    handles = [m.register_forward_hook(add) for m in model.modules() if _has_own_weight(m)]
+    try:
+        with evaluating(model):
+            call_model(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def _layer_info(name: str, module: nn.Module, calls: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> LayerInfo:
+    spec = layer_spec(module)
+    assert spec is not None, "only layers with a spec are hooked"
+    input_shape, output_shape = calls[0]
+    return LayerInfo(
+        name=name,
+        spec=spec,
+        input_shape=input_shape,
+        output_shape=output_shape,
+        macs=sum(_macs(spec, shape) for _, shape in calls),
+        n_params=sum(parameter.numel() for parameter in module.parameters()),
+        n_calls=len(calls),
+    )
+
+
+def _has_own_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() >= 2
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether it multiplies by weights of its own, under whatever name; containers with a parameter do not count."""
+    if parametrize.is_parametrized(module):
+        return True
+    leaf = not module._modules or isinstance(module, nn.MultiheadAttention)
+    return leaf and any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+
+
+def _direct_readers(model: nn.Module) -> dict[int, str]:
+    """Why layers must stay what they are, by the identity of those whose weight torch reads without calling them."""
+    blocks = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    layers = [layer for block in blocks for layer in (block.linear1, block.linear2)]
+    return {id(layer): "TransformerEncoderLayer reads its weight without calling it" for layer in layers}
+
+
+def _weight_users(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter, by the parameter's identity."""
+    held = [parameter for module in model.modules() for parameter in module._parameters.values()]
+    return Counter(id(parameter) for parameter in held if parameter is not None)
+
+
+def _reason_to_skip(module: nn.Module, spec: LayerSpec | None, called: bool, users: Mapping[int, int]) -> str | None:
+    if spec is None:
+        return f"{type(module).__name__} is not supported"
+    if "weight" not in module._parameters:
+        return "its weight is computed from other parameters (weight_norm, spectral_norm)"
+    if not called:
+        return "the example never runs it"
+    if any(users[id(parameter)] > 1 for parameter in module.parameters()):
+        return "its weight is tied to another module's"
+    return None
+
+
+def _macs(spec: LayerSpec, output_shape: tuple[int, ...]) -> int:
+    """Multiply-adds of one call for one example."""
+    if isinstance(spec, LinearSpec):
+        rows = int(torch.Size(output_shape[1:-1]).numel())
+        return rows * spec.in_features * spec.out_features
+    taps = spec.in_channels // spec.groups * spec.kernel_size[0] * spec.kernel_size[1]
+    return int(torch.Size(output_shape[1:]).numel()) * taps

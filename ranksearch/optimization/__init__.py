@@ -1,0 +1,27 @@
+"""Which plan to try next: the space, the prices, the samplers, the loop, and how a study goes on where it stopped."""
+
+from ranksearch.optimization.limits import ResolvedLimits
+from ranksearch.optimization.loop import optimise
+from ranksearch.optimization.prices import decode, price_sweep, uniform
+from ranksearch.optimization.records import TrialRecord, front, records
+from ranksearch.optimization.samplers import SAMPLERS, make_sampler
+from ranksearch.optimization.storage import coordinator_lock
+from ranksearch.optimization.study import open_study, read_study
+from ranksearch.optimization.trials import Callbacks
+
+__all__ = [
+    "SAMPLERS",
+    "Callbacks",
+    "ResolvedLimits",
+    "TrialRecord",
+    "coordinator_lock",
+    "decode",
+    "front",
+    "make_sampler",
+    "open_study",
+    "optimise",
+    "price_sweep",
+    "read_study",
+    "records",
+    "uniform",
+]

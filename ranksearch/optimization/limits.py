@@ -1,0 +1,46 @@
+"""The goals as numbers: how far an evaluation is beyond them, and whether it meets them."""
+
+from dataclasses import dataclass
+
+from ranksearch.evaluation import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedLimits:
+    """The largest drop (in score units), latency ratio and bytes ratio (plan over dense); None where none is set."""
+
+    max_drop: float | None = None
+    max_latency_ratio: float | None = None
+    max_bytes_ratio: float | None = None
+
+    def to_json(self) -> dict[str, float | None]:
+        """The limits as a JSON object, by the objective that they bound."""
+        return {"drop": self.max_drop, "latency": self.max_latency_ratio, "bytes": self.max_bytes_ratio}
+
+    def violations(self, evaluation: Evaluation) -> dict[str, float]:
+        """By objective, how far the estimate lies beyond its limit (negative: within); only where both are known."""
+        return self._excess(
+            {
+                "drop": evaluation.accuracy_drop,
+                "latency": evaluation.latency_ratio,
+                "bytes": evaluation.bytes_ratio,
+            }
+        )
+
+    def feasible(self, evaluation: Evaluation, surely: bool = False) -> bool:
+        """Whether every limit is met: by the estimates, or `surely`, by the worse ends of their intervals.
+
+        What was not measured meets no limit, and a drop without an interval meets none surely.
+        """
+        worst = {"drop": evaluation.drop_high, "latency": evaluation.ratio_high, "bytes": evaluation.bytes_ratio}
+        excess = self._excess(worst) if surely else self.violations(evaluation)
+        n_limits = sum(limit is not None for limit in self.to_json().values())
+        return len(excess) == n_limits and all(value <= 0 for value in excess.values())
+
+    def _excess(self, figures: dict[str, float | None]) -> dict[str, float]:
+        """Each known figure minus its limit, where there is one."""
+        return {
+            name: figure - limit
+            for name, limit in self.to_json().items()
+            if limit is not None and (figure := figures[name]) is not None
+        }

@@ -1,0 +1,198 @@
+"""Prices: Lagrange multipliers on latency and bytes that, with the candidate table, decode to one plan, exactly."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranksearch.candidates import LayerProfile, Profile
+from ranksearch.spec import OBJECTIVES, Objective
+
+Floats = NDArray[np.float64]
+Plans = list[tuple[int, ...]]
+
+# How much latency and bytes weigh in each direction of a sweep. None is zero: among equally fast choices the smaller.
+DIRECTIONS: dict[frozenset[str], tuple[tuple[float, float], ...]] = {
+    frozenset({"latency", "bytes"}): ((0.5, 0.5), (0.95, 0.05), (0.05, 0.95)),
+    frozenset({"latency"}): ((0.95, 0.05),),
+    frozenset({"bytes"}): ((0.05, 0.95),),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """The candidates as arrays (n_layers, most candidates); latency and bytes as shares of the dense model's.
+
+    Rows with fewer candidates are filled up with infinite loss at no cost, which no finite price ever takes.
+    """
+
+    loss: Floats
+    latency: Floats
+    bytes: Floats
+    dense: tuple[int, ...]
+
+    @classmethod
+    def of(cls, profile: Profile, losses: Sequence[Sequence[float] | Floats] | None = None) -> Self:
+        """The profile's table; `losses`, one sequence per layer, take the place of the predicted ones."""
+        shape = (len(profile.layers), max((len(layer.candidates) for layer in profile.layers), default=1))
+        loss, latency, n_bytes = np.full(shape, np.inf), np.zeros(shape), np.zeros(shape)
+        for row, layer in enumerate(profile.layers):
+            n = len(layer.candidates)
+            loss[row, :n] = [c.loss for c in layer.candidates] if losses is None else losses[row]
+            latency[row, :n] = [c.latency_ms for c in layer.candidates]
+            n_bytes[row, :n] = [c.n_bytes for c in layer.candidates]
+        return cls(
+            loss=loss,
+            latency=latency / profile.dense_latency_ms,
+            bytes=n_bytes / profile.dense_bytes,
+            dense=tuple(layer.dense for layer in profile.layers),
+        )
+
+
+def decode(
+    profile: Profile,
+    latency_price: float,
+    bytes_price: float,
+    losses: Sequence[Sequence[float] | Floats] | None = None,
+) -> tuple[int, ...]:
+    """The plan of least loss + latency_price * latency ratio + bytes_price * bytes ratio, as candidates' indices.
+
+    Prices are in nats per whole dense model, so they mean the same on every model. Exact, since the sum parts into
+    layers; of equals, the first candidate. `losses`, one sequence per layer, take the place of the predicted ones.
+    """
+    table = Table.of(profile, losses)
+    cost = table.loss + latency_price * table.latency + bytes_price * table.bytes
+    return tuple(int(i) for i in cost.argmin(axis=1))
+
+
+def price_path(table: Table, latency_weight: float, bytes_weight: float) -> Plans:
+    """Every plan that some price from 0 to infinity on the weighted cost decodes to, from least loss to least cost."""
+    cost = latency_weight * table.latency + bytes_weight * table.bytes
+    steps = [step for row in range(len(cost)) for step in _hull(row, table.loss[row], cost[row])]
+    steps.sort()
+    current = [0] * len(cost)
+    path: Plans = []
+    for i, (price, row, index) in enumerate(steps):
+        current[row] = index
+        if i + 1 == len(steps) or steps[i + 1][0] > price:
+            path.append(tuple(current))
+    return path
+
+
+def price_sweep(
+    profile: Profile, n: int, seed: int, objectives: Sequence[Objective] = OBJECTIVES
+) -> list[tuple[int, ...]]:
+    """`n` different plans from dense to the most compressed one, spread over the predicted front.
+
+    Half weigh latency and bytes alike, the others mostly one of them; `seed` moves each within its stretch of the
+    front. Fewer than `n` where the front holds fewer. Sorted from dear to cheap; dense first, the cheapest last.
+    """
+    table = Table.of(profile)
+    directions = DIRECTIONS.get(frozenset(objectives) - {"drop"}, DIRECTIONS[frozenset({"latency", "bytes"})])
+    paths = [price_path(table, *weights) for weights in directions]
+    cheapest = paths[0][-1] if paths[0] else table.dense
+    ends = list(dict.fromkeys([table.dense, cheapest]))[: max(n, 0)]
+    inner = _spread(table, paths, directions, n - len(ends), taken=set(ends), rng=np.random.default_rng(seed))
+    inner.sort(key=lambda plan: -_cost(table, plan, directions[0]))
+    return ends[:1] + inner + ends[1:]
+
+
+def uniform(profile: Profile, share: float = 0.5) -> tuple[int, ...]:
+    """For every layer the candidate of least loss that takes at most `share` of the undecomposed layer at its best.
+
+    At its best: the least latency and the fewest bytes of any bits on offer. Where no candidate is that cheap, the
+    one that comes nearest.
+    """
+    return tuple(_uniform_choice(layer, share) for layer in profile.layers)
+
+
+def _uniform_choice(layer: LayerProfile, share: float) -> int:
+    plain = [c for c in layer.candidates if c.choice.decomposition == "none"]
+    most_ms = share * min(c.latency_ms for c in plain)
+    most_bytes = share * min(c.n_bytes for c in plain)
+
+    def excess_then_loss(index: int) -> tuple[float, float]:
+        candidate = layer.candidates[index]
+        excess_ms = (candidate.latency_ms - most_ms) / max(most_ms, 1e-12)
+        excess_bytes = (candidate.n_bytes - most_bytes) / max(most_bytes, 1e-12)
+        return max(excess_ms, excess_bytes, 0.0), candidate.loss
+
+    return min(range(len(layer.candidates)), key=excess_then_loss)
+
+
+def coarse_to_fine(plans: Plans) -> Plans:
+    """The same plans, ends first, then middles of ever smaller stretches: a sweep cut short still spans the front."""
+    if len(plans) < 3:
+        return list(plans)
+    order, stretches = [0, len(plans) - 1], deque([(0, len(plans) - 1)])
+    while stretches:
+        low, high = stretches.popleft()
+        middle = (low + high) // 2
+        if middle > low:
+            order.append(middle)
+            stretches += [(low, middle), (middle, high)]
+    return [plans[i] for i in order]
+
+
+def _hull(row: int, loss: Floats, cost: Floats) -> list[tuple[float, int, int]]:
+    """One layer's walk down the lower convex hull of (cost, loss): (price from which it is taken, row, candidate)."""
+    order = np.lexsort((cost, loss))
+    current = int(order[0])
+    walk = [(0.0, row, current)]
+    while True:
+        cheaper = np.flatnonzero((cost < cost[current]) & np.isfinite(loss))
+        if len(cheaper) == 0:
+            return walk
+        prices = (loss[cheaper] - loss[current]) / (cost[current] - cost[cheaper])
+        best = int(np.lexsort((cost[cheaper], prices))[0])
+        current = int(cheaper[best])
+        walk.append((float(prices[best]), row, current))
+
+
+def _cost(table: Table, plan: tuple[int, ...], weights: tuple[float, float]) -> float:
+    """The plan's weighted cost, over the layers of the table."""
+    rows = np.arange(len(plan))
+    return float((weights[0] * table.latency[rows, list(plan)] + weights[1] * table.bytes[rows, list(plan)]).sum())
+
+
+def _spread(
+    table: Table,
+    paths: list[Plans],
+    directions: Sequence[tuple[float, float]],
+    n: int,
+    taken: set[tuple[int, ...]],
+    rng: np.random.Generator,
+) -> Plans:
+    """`n` plans that are not `taken`, spread along each path; what one path cannot give, the others do."""
+    chosen: Plans = []
+    n_others = len(directions) - 1
+    shares = [max(n, 0) - 2 * (max(n, 0) // 4)] + [max(n, 0) // 4] * n_others if n_others else [max(n, 0)]
+    for path, weights, share in zip(paths, directions, shares, strict=True):
+        chosen += _along(table, path, weights, share, taken | set(chosen), rng)
+    for path, weights in zip(paths, directions, strict=True):
+        chosen += _along(table, path, weights, n - len(chosen), taken | set(chosen), rng)
+    return chosen
+
+
+def _along(
+    table: Table,
+    path: Plans,
+    weights: tuple[float, float],
+    n: int,
+    taken: set[tuple[int, ...]],
+    rng: np.random.Generator,
+) -> Plans:
+    """Up to `n` plans of the path, one near a random place of each of `n` equal stretches of its cost."""
+    free = [plan for plan in dict.fromkeys(path) if plan not in taken]
+    costs = np.array([_cost(table, plan, weights) for plan in free])
+    left = costs.copy()
+    chosen: Plans = []
+    for stretch in range(min(n, len(free))):
+        place = (stretch + rng.uniform(0.25, 0.75)) / n
+        nearest = int(np.abs(left - (costs.max() - place * np.ptp(costs))).argmin())
+        left[nearest] = np.inf
+        chosen.append(free[nearest])
+    return chosen

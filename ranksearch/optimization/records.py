@@ -1,0 +1,147 @@
+"""Trials as values: what each was, and what became of it; read from the Optuna study, which is the only state."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
+
+from ranksearch.errors import StudyError
+from ranksearch.evaluation import Evaluation
+from ranksearch.pareto import non_dominated
+from ranksearch.plan import Plan
+from ranksearch.spec import Objective
+
+State = Literal["complete", "pruned", "failed", "running"]
+
+STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
+DIED = "the process ended during this trial"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRecord:
+    """One trial that was started.
+
+    `origin` is the control's, `uniform`, `prices`, `neighbour` or the sampler's name. A failed trial has a `reason`;
+    `queued_again` says that its plan is to be tried once more. A duplicate was not run: it has no evaluation of its
+    own and names the trial that has. `seconds` is what the evaluation took.
+    """
+
+    number: int
+    state: State
+    origin: str
+    plan: Plan
+    control: bool = False
+    evaluation: Evaluation | None = None
+    reason: str | None = None
+    run_id: str | None = None
+    duplicate_of: int | None = None
+    queued_again: bool = False
+    seconds: float | None = None
+
+    @property
+    def counted(self) -> bool:
+        """Whether it counts among a study's trials: finished, run, and no control."""
+        return self.state in ("complete", "pruned") and self.duplicate_of is None and not self.control
+
+
+def records(optuna_study: Study) -> list[TrialRecord]:
+    """Every trial that was started, in order. Raises StudyError for one that cannot be read."""
+    trials = optuna_study.get_trials(deepcopy=False)
+    retried = {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
+    started = [trial for trial in trials if trial.state in STATES and "plan" in trial.user_attrs]
+    return [record_of(trial, queued_again=trial.number in retried) for trial in started]
+
+
+def record_of(trial: FrozenTrial, queued_again: bool = False) -> TrialRecord:
+    """The trial as a value. Raises StudyError where its attributes cannot be read."""
+    attributes = trial.user_attrs
+    failed = trial.state is TrialState.FAIL
+    return TrialRecord(
+        number=trial.number,
+        state=STATES[trial.state],
+        origin=attributes.get("origin", "enqueued"),
+        plan=Plan.from_json(attributes["plan"], source=f"trial {trial.number}"),
+        control=attributes.get("control", False),
+        evaluation=_evaluation(trial),
+        reason=attributes.get("reason", DIED if failed else None),
+        run_id=attributes.get("run_id"),
+        duplicate_of=attributes.get("duplicate_of"),
+        queued_again=queued_again or attributes.get("queued_again", False),
+        seconds=attributes.get("seconds"),
+    )
+
+
+def front(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
+    """The complete trials that no other complete trial beats in the objectives, in order; of equals the first."""
+    complete = [r for r in records if r.state == "complete" and r.evaluation is not None and r.duplicate_of is None]
+    if not complete:
+        return []
+    losses = np.array([objective_values(r.evaluation, objectives) for r in complete if r.evaluation is not None])
+    return [record for record, keep in zip(complete, non_dominated(losses), strict=True) if keep]
+
+
+def objective_values(evaluation: Evaluation, objectives: Sequence[Objective]) -> list[float]:
+    """The evaluation's losses in the order of the objectives, all to be minimised."""
+    return [evaluation.losses[name] for name in objectives]
+
+
+class History:
+    """What a run knows of the study's trials; grows as they finish, so that storage is read once."""
+
+    def __init__(self, known: Sequence[TrialRecord]) -> None:
+        self.records: list[TrialRecord] = []
+        self._by_hash: dict[str, TrialRecord] = {}
+        for record in known:
+            self.add(record)
+
+    def add(self, record: TrialRecord) -> None:
+        """Appends one trial."""
+        self.records.append(record)
+        if record.duplicate_of is None and not record.queued_again:
+            self._by_hash.setdefault(record.plan.hash(), record)
+
+    def find(self, plan: Plan) -> TrialRecord | None:
+        """The trial that already ran this plan, failed ones included, those queued again not."""
+        return self._by_hash.get(plan.hash())
+
+    @property
+    def n_distinct(self) -> int:
+        """How many different plans were tried."""
+        return len(self._by_hash)
+
+    @property
+    def n_counted(self) -> int:
+        """How many trials count towards the study's total."""
+        return sum(record.counted for record in self.records)
+
+    @property
+    def n_repeats(self) -> int:
+        """How many duplicates came last, one after the other."""
+        newest_first = enumerate(reversed(self.records))
+        return next((i for i, r in newest_first if r.duplicate_of is None), len(self.records))
+
+    @property
+    def mean_seconds(self) -> float:
+        """The mean time of a complete trial, else of any that ran, else 0."""
+        ran = [r for r in self.records if r.seconds is not None and not r.queued_again]
+        timed = [r.seconds for r in ran if r.state == "complete"] or [r.seconds for r in ran]
+        return float(np.mean([s for s in timed if s is not None])) if timed else 0.0
+
+
+def _evaluation(trial: FrozenTrial) -> Evaluation | None:
+    text = trial.user_attrs.get("evaluation")
+    if text is None:
+        return None
+    try:
+        return Evaluation.model_validate_json(text)
+    except ValidationError as error:
+        raise StudyError(f"trial {trial.number}: its evaluation is damaged: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,50 @@
+"""What Optuna sees: one integer per layer, the index of its candidate; layers with one candidate are left out."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from optuna.distributions import BaseDistribution, IntDistribution
+
+from ranksearch.candidates import Profile
+from ranksearch.errors import StudyError
+
+
+def distributions(profile: Profile) -> dict[str, BaseDistribution]:
+    """One IntDistribution per layer that has a choice, by the layer's name."""
+    return {
+        layer.name: IntDistribution(0, len(layer.candidates) - 1)
+        for layer in profile.layers
+        if len(layer.candidates) > 1
+    }
+
+
+def n_plans(profile: Profile) -> int:
+    """How many different plans the table holds."""
+    return prod(len(layer.candidates) for layer in profile.layers)
+
+
+def to_params(profile: Profile, indices: Sequence[int]) -> dict[str, int]:
+    """The candidates' indices as Optuna's parameters."""
+    chosen = zip(profile.layers, indices, strict=True)
+    return {layer.name: int(index) for layer, index in chosen if len(layer.candidates) > 1}
+
+
+def to_indices(profile: Profile, params: Mapping[str, object]) -> tuple[int, ...]:
+    """Optuna's parameters as candidates' indices, one per layer of the table.
+
+    Raises StudyError for a layer that is missing, not in the table, or whose index is not that of a candidate.
+    """
+    known = {layer.name for layer in profile.layers if len(layer.candidates) > 1}
+    if known != set(params):
+        raise StudyError(
+            f"parameters do not fit the candidate table: missing {sorted(known - set(params))}, "
+            f"unknown {sorted(set(params) - known)}"
+        )
+    return tuple(_index(layer.name, len(layer.candidates), params.get(layer.name, 0)) for layer in profile.layers)
+
+
+def _index(name: str, n_candidates: int, value: object) -> int:
+    """The index, checked: Optuna only warns of an enqueued value that is out of range, and uses it."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_candidates:
+        raise StudyError(f"layer {name!r}: candidate {value!r} is not an index from 0 to {n_candidates - 1}")
+    return value

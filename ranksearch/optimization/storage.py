@@ -1,0 +1,118 @@
+"""Where Optuna keeps a study: a journal in the study's home, any Optuna URL, or memory; one coordinator at a time."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+
+from ranksearch.errors import StudyError
+
+JOURNAL = "journal.log"
+LOCK = "coordinator.lock"
+
+Storage = str | Path | BaseStorage | None
+
+
+@contextmanager
+def coordinator_lock(home: Path) -> Iterator[None]:
+    """Holds the study's home for this process; the system lets go of it however the process ends.
+
+    Raises StudyError, naming the other process, where one holds it already.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise StudyError(
+                f"the study in {home} is being run by process {holder}; wait for it, stop it, or choose another --home"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def writing_storage(storage: Storage, home: Path | None) -> Iterator[BaseStorage]:
+    """The storage, for the one coordinator that writes to it, with the home locked and the journal mended."""
+    home = Path(storage) if isinstance(storage, str | Path) and not _is_url(storage) else home
+    if home is None:
+        yield from _opened(storage)
+        return
+    with coordinator_lock(home):
+        mend_journal(home / JOURNAL)
+        yield from _opened(storage)
+
+
+def reading_storage(storage: str | Path | BaseStorage) -> BaseStorage:
+    """The storage, for those who only read. Raises StudyError where there is none."""
+    if isinstance(storage, str | Path) and not _is_url(storage) and not (Path(storage) / JOURNAL).is_file():
+        raise StudyError(f"there is no study in {storage}: it has no {JOURNAL}")
+    return _open(storage)
+
+
+def mend_journal(journal: Path) -> None:
+    """Removes what a killed process left behind: half a last line, and Optuna's lock on the file.
+
+    Only for the coordinator: nobody else may be writing.
+    """
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if not journal.is_file():
+        return
+    with journal.open("rb+") as file:
+        keep = _complete_bytes(file.read())
+        file.truncate(keep)
+
+
+def _complete_bytes(content: bytes) -> int:
+    """How many bytes of the journal are whole lines."""
+    return content.rfind(b"\n") + 1
+
+
+def _is_url(storage: str | Path) -> bool:
+    return isinstance(storage, str) and "://" in storage
+
+
+def _opened(storage: Storage) -> Iterator[BaseStorage]:
+    opened = _open(storage)
+    try:
+        yield opened
+    finally:
+        if opened is not storage:
+            opened.remove_session()
+            if isinstance(opened, RDBStorage):
+                opened.engine.dispose()
+
+
+def _open(storage: Storage) -> BaseStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if storage is None:
+        return InMemoryStorage()
+    if isinstance(storage, BaseStorage):
+        return storage
+    if not _is_url(storage):
+        return _open_journal(Path(storage) / JOURNAL)
+    try:
+        return RDBStorage(str(storage))
+    except Exception as error:
+        # Drivers that are missing, servers that are down, URLs that are wrong: each has its own exception.
+        shown = re.sub(r"//[^@/]*@", "//***@", str(storage))
+        raise StudyError(f"cannot open the Optuna storage {shown}: {type(error).__name__}: {error}") from error
+
+
+def _open_journal(journal: Path) -> BaseStorage:
+    try:
+        return JournalStorage(JournalFileBackend(str(journal)))
+    except ValueError as error:
+        raise StudyError(
+            f"the journal {journal} is damaged: {error}; restore it, or start over in another --home"
+        ) from error

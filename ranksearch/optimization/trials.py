@@ -1,0 +1,184 @@
+"""One trial: asked for, evaluated, and told, whatever becomes of it."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from ranksearch.candidates import Profile
+from ranksearch.errors import RankSearchError, StudyError
+from ranksearch.evaluation import Evaluation
+from ranksearch.optimization.limits import ResolvedLimits
+from ranksearch.optimization.records import History, TrialRecord, objective_values, record_of
+from ranksearch.optimization.samplers import make_sampler
+from ranksearch.optimization.seeds import Seed, requeue
+from ranksearch.optimization.space import distributions, to_indices
+from ranksearch.plan import Plan
+from ranksearch.spec import Objective
+
+INTERRUPTED = "interrupted"
+MAX_REASON_CHARACTERS = 2000
+DECIDING = ("accuracy_drop", "drop_low", "drop_high", "latency_ratio", "bytes_ratio")
+
+_logger = logging.getLogger(__name__)
+
+
+class Callbacks(Protocol):
+    """Who is told of trials; duplicates are not told, they were not run."""
+
+    def trial_started(self, number: int, plan: Plan, origin: str) -> str | None:
+        """Before the evaluation; gives the id of the tracking run, if any, which the trial keeps."""
+
+    def trial_finished(self, record: TrialRecord) -> None:
+        """After a complete or pruned trial was stored."""
+
+    def trial_failed(self, record: TrialRecord) -> None:
+        """After a failed or interrupted trial was stored, also one that an earlier process left unfinished."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """What one call of `optimise` works with."""
+
+    study: Study
+    profile: Profile
+    evaluate: Callable[[Plan], Evaluation]
+    objectives: Sequence[Objective]
+    limits: ResolvedLimits
+    sampler_name: str
+    seed: int
+    n_trials: int
+    deadline: float | None
+    clock: Callable[[], float]
+    callbacks: Callbacks
+    should_stop: Callable[[], bool]
+    seeds: Sequence[Seed]
+    history: History
+
+
+def try_next(search: Search) -> TrialRecord | None:
+    """Asks for a trial, runs it unless its plan was tried, and adds it to the history; None where it had no plan."""
+    trial = _ask(search)
+    try:
+        indices = to_indices(search.profile, trial.params)
+    except StudyError as error:
+        trial.set_user_attr("reason", str(error))
+        search.study.tell(trial, state=TrialState.FAIL)
+        return None
+    plan = search.profile.plan(indices)
+    if "origin" not in trial.user_attrs:
+        # Plans may be enqueued by hand, from a notebook or a dashboard.
+        by_hand = "fixed_params" in _stored(search, trial).system_attrs
+        trial.set_user_attr("origin", "enqueued" if by_hand else search.sampler_name)
+    trial.set_user_attr("plan", plan.model_dump_json(by_alias=True))
+    known = search.history.find(plan)
+    record = _run(search, trial, plan) if known is None else _tell_duplicate(search, trial, known)
+    search.history.add(record)
+    return record
+
+
+def _ask(search: Search) -> Trial:
+    """The next trial, its sampler made for it."""
+    trials = search.study.get_trials(deepcopy=False)
+    seeds = [trial for trial in trials if "seed" in trial.user_attrs and trial.state.is_finished()]
+    n_complete = sum(trial.state is TrialState.COMPLETE for trial in seeds)
+    all_tried = len({trial.user_attrs["seed"] for trial in seeds}) == len(search.seeds)
+    # Until the last seed is in, the first generation must hold them all; then, those that became complete.
+    n_seeds = n_complete if all_tried else len(search.seeds)
+    search.study.sampler = make_sampler(search.sampler_name, search.seed, len(trials), n_seeds)
+    return search.study.ask(distributions(search.profile))
+
+
+def _run(search: Search, trial: Trial, plan: Plan) -> TrialRecord:
+    """The trial, evaluated and told.
+
+    Any exception of the evaluation fails this trial alone: it may be the user's own code that cannot take one plan.
+    """
+    run_id = search.callbacks.trial_started(trial.number, plan, trial.user_attrs["origin"])
+    if run_id is not None:
+        trial.set_user_attr("run_id", run_id)
+    started = search.clock()
+    try:
+        evaluation = search.evaluate(plan)
+    except (KeyboardInterrupt, SystemExit):
+        record = _interrupt(search, trial)
+        if search.should_stop():
+            return record
+        raise
+    except Exception as error:
+        _logger.debug("trial %d failed", trial.number, exc_info=True)
+        if search.should_stop():
+            return _interrupt(search, trial)
+        return _fail(search, trial, _reason(error))
+    trial.set_user_attr("seconds", search.clock() - started)
+    wrong = _not_finite(evaluation)
+    return _fail(search, trial, wrong) if wrong else _finish(search, trial, evaluation)
+
+
+def _finish(search: Search, trial: Trial, evaluation: Evaluation) -> TrialRecord:
+    """Tells what was measured: COMPLETE, or PRUNED where the plan was stopped on the ladder."""
+    # pydantic would write null for what is not a number, such as a prediction that nobody made, and not read it back.
+    trial.set_user_attr("evaluation", json.dumps(evaluation.model_dump(mode="json", by_alias=True)))
+    stopped = evaluation.stopped is not None or evaluation.rung == "latency" or evaluation.accuracy_drop is None
+    record = _tell(search, trial, evaluation, TrialState.PRUNED if stopped else TrialState.COMPLETE)
+    search.callbacks.trial_finished(record)
+    return record
+
+
+def _fail(search: Search, trial: Trial, reason: str) -> TrialRecord:
+    """Tells that the plan failed, and why."""
+    trial.set_user_attr("reason", reason)
+    record = _tell(search, trial, None, TrialState.FAIL)
+    search.callbacks.trial_failed(record)
+    return record
+
+
+def _interrupt(search: Search, trial: Trial) -> TrialRecord:
+    """Fails the trial and queues its plan again; as it was no fault of the plan, it is not held against it."""
+    stored = _stored(search, trial)
+    requeue(search.study, stored, stored.user_attrs.get("attempt", 1))
+    trial.set_user_attr("queued_again", True)
+    return _fail(search, trial, INTERRUPTED)
+
+
+def _tell_duplicate(search: Search, trial: Trial, known: TrialRecord) -> TrialRecord:
+    """Tells the stored values of the trial that ran this plan."""
+    trial.set_user_attr("duplicate_of", known.number)
+    states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+    state = states.get(known.state, TrialState.FAIL)
+    if state is TrialState.FAIL:
+        trial.set_user_attr("reason", f"duplicate of trial {known.number}, which failed")
+    return _tell(search, trial, known.evaluation, state)
+
+
+def _tell(search: Search, trial: Trial, evaluation: Evaluation | None, state: TrialState) -> TrialRecord:
+    """Tells state, values and constraints; the trial as it is stored."""
+    violations = {} if evaluation is None else search.limits.violations(evaluation)
+    for name, value in violations.items():
+        trial.set_constraint(name, value)
+    complete = evaluation is not None and state is TrialState.COMPLETE
+    values = objective_values(evaluation, search.objectives) if evaluation is not None and complete else None
+    return record_of(search.study.tell(trial, values, state=state))
+
+
+def _stored(search: Search, trial: Trial) -> FrozenTrial:
+    """The running trial as it is in storage."""
+    return search.study.get_trials(deepcopy=False)[trial.number]
+
+
+def _reason(error: Exception) -> str:
+    """What a user reads: our own errors are sentences, others need their kind."""
+    text = str(error) if isinstance(error, RankSearchError) else f"{type(error).__name__}: {error}"
+    return text[:MAX_REASON_CHARACTERS]
+
+
+def _not_finite(evaluation: Evaluation) -> str | None:
+    """Which deciding figure is no number, as the reason of a failure."""
+    figures = {name: getattr(evaluation, name) for name in DECIDING}
+    wrong = [f"{name} is {value}" for name, value in figures.items() if value is not None and not math.isfinite(value)]
+    return "the evaluation is not finite: " + ", ".join(wrong) if wrong else None

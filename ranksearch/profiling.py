@@ -1,0 +1,269 @@
+"""Make the candidate table: predicted losses, set to scale by a measured KL, and latencies on the target."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ranksearch.cache import Cache, content_hash
+from ranksearch.candidates import Candidate, LayerProfile, Profile
+from ranksearch.compression import Factorisations, compress, packed_bytes, rebuild
+from ranksearch.decompositions import DECOMPOSITIONS
+from ranksearch.latency import compare
+from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating
+from ranksearch.pareto import non_dominated
+from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.runtimes import AbstractRuntime
+from ranksearch.scoring import output_distance
+from ranksearch.spec import Objective, Space, Target
+from ranksearch.statistics import predicted_loss
+
+__all__ = ["Candidate", "LayerProfile", "LayerTimer", "Profile", "ProfileMaker", "uniform_plan"]
+
+MAX_CANDIDATES = 12
+RANKS_TIMED = 5
+KL_BATCHES = 2
+
+# (choice) -> (latency ratio to the dense layer, the dense layer's latency in ms)
+TimeLayer = Callable[[LayerInfo, nn.Module, LayerChoice], tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTimer:
+    """Times a choice for one layer alone, interleaved with the dense layer, on random input of the layer's shape."""
+
+    runtime: AbstractRuntime
+    target: Target
+    cache: Cache
+
+    def __call__(self, info: LayerInfo, layer: nn.Module, choice: LayerChoice) -> tuple[float, float]:
+        """(latency ratio to the dense layer, the dense layer's latency in ms), from the cache where it is known."""
+        place = {"spec": repr(info.spec), "input": info.input_shape, "choice": choice.key()}
+        key = "layer-" + content_hash(self.runtime.fingerprint(self.target), repr(self.target), place)
+        if (known := self.cache.get(key)) is not None:
+            ratio, reference_ms = json.loads(known)
+            return float(ratio), float(reference_ms)
+        dense = nn.Sequential(layer)
+        example = torch.randn(info.input_shape, generator=torch.Generator().manual_seed(0))
+        sessions = [
+            self.runtime.prepare(model.eval(), example, self.target)
+            for model in (rebuild(dense, Plan(layers={"0": choice}), self.runtime.weight_limit(self.target)), dense)
+        ]
+        candidate, reference = (session.bind(example.numpy()) for session in sessions)
+        latency = compare(candidate, reference, n_blocks=6, max_seconds=0.25, seed=0)
+        self.cache.put(key, json.dumps([latency.ratio, latency.reference_ms]).encode())
+        return latency.ratio, latency.reference_ms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileMaker:
+    """Makes the candidate table of a model. What is slow or noisy, `time_layer`, is given."""
+
+    model: nn.Module
+    layers: Mapping[str, LayerInfo]
+    factorisations: Factorisations
+    calibration: Sequence[tuple[Any, Any]]
+    loss: Any
+    space: Space
+    objectives: tuple[Objective, ...]
+    bits: Callable[[LayerSpec], tuple[tuple[int, int], ...]]
+    time_layer: TimeLayer
+    weight_limit: int
+
+    def make(
+        self,
+        controls: Sequence[Plan],
+        dense_latency_ms: float,
+        dense_bytes: int,
+        on_layer: Callable[[str], None] = lambda _name: None,
+    ) -> Profile:
+        """The table; the choices of `controls` and dense are never dropped from it."""
+        kept = {name: {DENSE, *(plan.choice(name) for plan in controls)} for name in self.layers}
+        layers = []
+        for name, info in self.layers.items():
+            on_layer(name)
+            layers.append(LayerProfile(name=name, candidates=self._candidates(info, kept[name])))
+        dense_ms = sum(layer.candidates[layer.dense].latency_ms for layer in layers)
+        # Layers timed alone may add up to more than the model, whose runtime fuses them with their neighbours.
+        scale = min(1.0, 0.95 * dense_latency_ms / dense_ms)
+        return Profile(
+            layers=tuple(_scaled(layer, scale) for layer in layers),
+            dense_latency_ms=dense_latency_ms,
+            dense_bytes=dense_bytes,
+        )
+
+    def _candidates(self, info: LayerInfo, kept: set[LayerChoice]) -> tuple[Candidate, ...]:
+        losses = self._losses(info, kept)
+        layer = self.model.get_submodule(info.name)
+        sizes = {choice: _layer_bytes(layer, choice) for choice in losses}
+        worth_timing = [
+            choice
+            for group in _by_bits(losses).values()
+            for choice in _undominated(group, kept, lambda c: (losses[c], sizes[c], _macs(info, c)))
+        ]
+        times = {choice: self.time_layer(info, layer, choice) for choice in worth_timing}
+        reference_ms = float(np.median([reference for _, reference in times.values()])) * info.n_calls
+        columns: dict[Objective, Callable[[LayerChoice], float]] = {
+            "drop": losses.__getitem__,
+            "latency": lambda choice: times[choice][0],
+            "bytes": sizes.__getitem__,
+        }
+        undominated = _undominated(
+            worth_timing, kept, lambda choice: tuple(columns[objective](choice) for objective in self.objectives)
+        )
+        chosen = _thinned(sorted(undominated, key=losses.__getitem__), kept)
+        candidates = [
+            Candidate(
+                choice=choice,
+                loss=losses[choice],
+                latency_ms=(1.0 if choice == DENSE else times[choice][0]) * reference_ms,
+                n_bytes=sizes[choice],
+            )
+            for choice in chosen
+        ]
+        return tuple(sorted(candidates, key=lambda candidate: candidate.latency_ms))
+
+    def _losses(self, info: LayerInfo, kept: set[LayerChoice]) -> dict[LayerChoice, float]:
+        """The predicted loss of each choice in nats of KL to dense.
+
+        The closed form is set to scale by one measured KL; the loss of quantization is measured once, on the layer
+        that is only quantized, and added to each quantized choice.
+        """
+        bits = [b for b in self.bits(info.spec) if b[0] in self.space.weight_bits]
+        raw = dict(self._closed_forms(info, kept))
+        reference = _middle(raw)
+        scale = 1.0 if reference is None else self._measured(info.name, reference) / raw[reference]
+        quantized = LayerChoice(weight_bits=8, activation_bits=8)
+        quantization_loss = self._measured(info.name, quantized) if (8, 8) in bits else 0.0
+        losses = {}
+        for shape, loss in {DENSE: 0.0, **raw}.items():
+            for weight_bits, activation_bits in bits:
+                choice = shape.model_copy(update={"weight_bits": weight_bits, "activation_bits": activation_bits})
+                losses[choice] = loss * scale + (quantization_loss if weight_bits == 8 else 0.0)
+        return {choice: loss for choice, loss in losses.items() if self._offered(choice, bits) or choice in kept}
+
+    def _offered(self, choice: LayerChoice, bits: Sequence[tuple[int, int]]) -> bool:
+        return choice == DENSE or choice.decomposition in self.space.decompositions
+
+    def _closed_forms(self, info: LayerInfo, kept: set[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
+        """Predicted losses, not yet to scale, of the choices that shrink the layer, in float."""
+        weight = self.model.get_submodule(info.name).get_parameter("weight").detach()
+        statistics = self.factorisations.statistics[info.name]
+        for shape in _shapes(info.spec, self.space, kept):
+            difference = weight - self.factorisations.of(info.name, shape).weight(shape.ranks)
+            yield shape, max(predicted_loss(statistics, difference, mean_absorbed=True), 1e-12)
+
+    def _measured(self, name: str, choice: LayerChoice) -> float:
+        """The distance of the model's outputs to dense when this layer alone is changed, in nats."""
+        plan = Plan(layers={name: choice})
+        compressed = compress(
+            self.model,
+            plan,
+            calibration=self.calibration[:KL_BATCHES],
+            factorisations=self.factorisations,
+            weight_limit=self.weight_limit,
+        )
+        distances = []
+        for inputs, _ in self.calibration[KL_BATCHES : 2 * KL_BATCHES] or self.calibration[:KL_BATCHES]:
+            with evaluating(self.model), evaluating(compressed):
+                dense, outputs = call_model(self.model, inputs), call_model(compressed, inputs)
+            distances.append(output_distance(outputs, dense, self.loss))
+        return max(float(np.mean(distances)), 1e-12)
+
+
+def uniform_plan(
+    layers: Mapping[str, LayerInfo], decompositions: Sequence[str], share: float, rank_multiple: int, bits: int
+) -> Plan:
+    """Each layer at about `share` of its weights, by the first of `decompositions` that can; else left whole."""
+    choices = {}
+    for name, info in layers.items():
+        choice = LayerChoice(weight_bits=bits, activation_bits=bits)  # type: ignore[arg-type]
+        for decomposition in decompositions:
+            method = DECOMPOSITIONS[decomposition]
+            if method.refuse(info.spec) is None:
+                ranks = method.uniform_ranks(info.spec, method.options[0], share, rank_multiple)
+                if ranks is not None:
+                    choice = choice.model_copy(
+                        update={"decomposition": decomposition, "ranks": ranks, "options": dict(method.options[0])}
+                    )
+                    break
+        choices[name] = choice
+    return Plan(layers=choices)
+
+
+def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[LayerChoice]:
+    """The float choices that shrink a layer: a spread of ranks per decomposition, and those that must be kept."""
+    shapes = {
+        choice.model_copy(update={"weight_bits": 32, "activation_bits": 32})
+        for choice in kept
+        if choice.decomposition != "none"
+    }
+    for name in space.decompositions:
+        method = DECOMPOSITIONS[name]
+        if name == "none" or method.refuse(spec) is not None:
+            continue
+        for options in method.options:
+            ranks = method.rank_choices(spec, options, space.rank_multiple)
+            shapes.update(
+                LayerChoice(decomposition=name, ranks=r, options=dict(options)) for r in _spread(ranks, RANKS_TIMED)
+            )
+    return sorted(shapes, key=LayerChoice.key)
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spaced, both ends included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
+
+
+def _middle(losses: Mapping[LayerChoice, float]) -> LayerChoice | None:
+    """The choice of median loss: neither too small to measure nor beyond repair."""
+    ordered = sorted(losses, key=losses.__getitem__)
+    return ordered[len(ordered) // 2] if ordered else None
+
+
+def _by_bits(choices: Iterable[LayerChoice]) -> dict[str, list[LayerChoice]]:
+    groups: dict[str, list[LayerChoice]] = {}
+    for choice in choices:
+        groups.setdefault(choice.bits, []).append(choice)
+    return groups
+
+
+def _undominated(
+    choices: Sequence[LayerChoice],
+    kept: set[LayerChoice],
+    columns: Callable[[LayerChoice], tuple[float, ...]],
+) -> list[LayerChoice]:
+    mask = non_dominated(np.array([columns(choice) for choice in choices], dtype=np.float64))
+    return [choice for choice, stays in zip(choices, mask, strict=True) if stays or choice in kept]
+
+
+def _thinned(ordered: list[LayerChoice], kept: set[LayerChoice]) -> list[LayerChoice]:
+    """At most MAX_CANDIDATES of the choices, evenly along their order; the kept ones stay."""
+    others = [choice for choice in ordered if choice not in kept]
+    room = max(MAX_CANDIDATES - len(ordered) + len(others), 0)
+    stays = set(_spread(others, room)) | kept
+    return [choice for choice in ordered if choice in stays]
+
+
+def _scaled(layer: LayerProfile, scale: float) -> LayerProfile:
+    candidates = (c.model_copy(update={"latency_ms": c.latency_ms * scale}) for c in layer.candidates)
+    return layer.model_copy(update={"candidates": tuple(candidates)})
+
+
+def _layer_bytes(layer: nn.Module, choice: LayerChoice) -> int:
+    return packed_bytes(rebuild(nn.Sequential(layer), Plan(layers={"0": choice})))
+
+
+def _macs(info: LayerInfo, choice: LayerChoice) -> float:
+    """Multiply-adds of the choice relative to dense, by its weights: a filter before timing, never a result."""
+    if choice.decomposition == "none":
+        return 1.0
+    module = DECOMPOSITIONS[choice.decomposition].build(info.spec, choice.ranks, choice.options)
+    weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    return weights / int(np.prod(info.spec.weight_shape))

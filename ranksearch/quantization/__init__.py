@@ -1,0 +1,32 @@
+"""Eight-bit layers: the arithmetic, the modules that run it, ranges from data, and the packed bits of a file."""
+
+from ranksearch.quantization.formats import CODE_LIMIT, weight_codes, weight_scale
+from ranksearch.quantization.modules import (
+    ActivationQuantizer,
+    QuantizedConv2d,
+    QuantizedLinear,
+    activation_quantizers,
+    freeze,
+    quantize_module,
+    quantized_modules,
+    rescale_weights,
+)
+from ranksearch.quantization.packing import load_packed, packed_state
+from ranksearch.quantization.ranges import observe_ranges
+
+__all__ = [
+    "CODE_LIMIT",
+    "ActivationQuantizer",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "activation_quantizers",
+    "freeze",
+    "load_packed",
+    "observe_ranges",
+    "packed_state",
+    "quantize_module",
+    "quantized_modules",
+    "rescale_weights",
+    "weight_codes",
+    "weight_scale",
+]

@@ -1,0 +1,159 @@
+"""Layers that compute as int8 kernels do: input and weight are rounded, gradients pass straight through."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ranksearch.quantization.formats import (
+    ACTIVATION_LEVELS,
+    CODE_LIMIT,
+    affine_range,
+    affine_step,
+    per_channel,
+    weight_scale,
+)
+
+# Until ranges are observed; positive, since with a step of zero OpenVINO silently leaves int8.
+PLACEHOLDER_RANGE = (0.0, 6.0)
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds a tensor to 256 levels between a low and a high value.
+
+    While `observe` is set, it receives every tensor instead, and the tensor passes unrounded.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
+        self.observe: Callable[[Tensor], None] | None = None
+        self.set_range(*PLACEHOLDER_RANGE)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and highest value that survive rounding."""
+        return affine_range(float(self.scale), int(self.zero_point))
+
+    def set_range(self, low: float, high: float) -> None:
+        """Covers low..high, and zero, from now on (in place)."""
+        step, zero_point = affine_step(low, high)
+        self.scale.fill_(step)
+        self.zero_point.fill_(zero_point)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.observe is not None:
+            self.observe(values)
+            return values
+        return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, 0, ACTIVATION_LEVELS)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
+
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    def __init__(self, layer: nn.Linear, weight_limit: int = CODE_LIMIT) -> None:
+        super().__init__()
+        _take_weights(self, layer, weight_limit)
+        self.weight_limit = weight_limit
+        self.activation = ActivationQuantizer()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias))
+
+
+class QuantizedConv2d(nn.Module):
+    """A convolution with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
+
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    def __init__(self, layer: nn.Conv2d, weight_limit: int = CODE_LIMIT) -> None:
+        super().__init__()
+        _take_weights(self, layer, weight_limit)
+        self.weight_limit = weight_limit
+        self.activation = ActivationQuantizer()
+        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
+        self.padding, self.padding_mode = layer.padding, layer.padding_mode
+        self._border = tuple(layer._reversed_padding_repeated_twice)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        values, weight, bias = self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias)
+        padding: str | tuple[int, ...] = self.padding
+        if self.padding_mode != "zeros":
+            values, padding = functional.pad(values, self._border, mode=self.padding_mode), (0, 0)
+        return functional.conv2d(values, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+QuantizedModule = QuantizedConv2d | QuantizedLinear
+_QUANTIZED: dict[type[nn.Module], Callable[..., QuantizedModule]] = {
+    nn.Conv2d: QuantizedConv2d,
+    nn.Linear: QuantizedLinear,
+}
+
+
+def quantize_module(module: nn.Module, weight_limit: int = CODE_LIMIT) -> QuantizedModule:
+    """The int8 counterpart of a plain nn.Conv2d or nn.Linear, with a copy of its weights.
+
+    The input's range is a placeholder until observe_ranges. Raises TypeError for any other module.
+    """
+    quantized = _QUANTIZED.get(type(module))
+    if quantized is None:
+        raise TypeError(f"{type(module).__name__} cannot be quantized; only nn.Conv2d and nn.Linear can")
+    return quantized(module, weight_limit).train(module.training)
+
+
+def quantized_weight(module: QuantizedModule) -> Tensor:
+    """The weight as int8 kernels see it, in float; its gradient passes to `weight` within the codes' limit."""
+    weight, scale = module.weight, module.weight_scale
+    assert isinstance(weight, Tensor)
+    if module.weight_limit < CODE_LIMIT:
+        # Clamped here, since runtimes know no quantizer of so few levels.
+        bound = per_channel(scale * module.weight_limit, weight)
+        weight = torch.minimum(torch.maximum(weight, -bound), bound)
+    return torch.fake_quantize_per_channel_affine(weight, scale, module.weight_zero_point, 0, -CODE_LIMIT, CODE_LIMIT)
+
+
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
+    """The quantized layers of the model by name, each once."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedConv2d | QuantizedLinear)}
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The activation quantizers of the model by name, each once."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+
+
+@torch.no_grad()
+def rescale_weights(model: nn.Module) -> None:
+    """Chooses every quantized layer's weight_scale anew for its present weight (in place)."""
+    for module in quantized_modules(model).values():
+        module.weight_scale.copy_(weight_scale(cast(Tensor, module.weight), module.weight_limit))
+
+
+@torch.no_grad()
+def freeze(model: nn.Module) -> None:
+    """Snaps every quantized layer's float weight onto its grid (in place); outputs stay as they are, to the bit."""
+    for module in quantized_modules(model).values():
+        cast(Tensor, module.weight).copy_(quantized_weight(module))
+
+
+def _take_weights(module: QuantizedModule, layer: nn.Conv2d | nn.Linear, weight_limit: int) -> None:
+    """Copies weight and bias into `module` and registers the grid of the weight."""
+    if not 1 <= weight_limit <= CODE_LIMIT:
+        raise ValueError(f"weight_limit is {weight_limit}; it must be between 1 and {CODE_LIMIT}")
+    weight = layer.weight.detach()
+    module.weight = nn.Parameter(weight.clone())
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
+    module.register_parameter("bias", bias)
+    module.register_buffer("weight_scale", weight_scale(weight, weight_limit))
+    zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    module.register_buffer("weight_zero_point", zeros, persistent=False)

@@ -1,0 +1,165 @@
+"""A study's trials as rows of the front, and the row that a user's demands choose."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ranksearch.errors import StudyError
+from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
+from ranksearch.optimization import ResolvedLimits, TrialRecord, front
+from ranksearch.pareto import REFERENCE_POINT, hypervolume, knee
+from ranksearch.plan import Plan
+from ranksearch.remeasure import Figures, has_gap
+from ranksearch.spec import Goals, Objective
+
+Row = dict[str, Any]
+
+MINIMIZED = {"latency": "latency_ratio", "size": "bytes_ratio", "drop": "accuracy_drop"}
+
+
+def trial_rows(
+    records: Sequence[TrialRecord],
+    objectives: Sequence[Objective],
+    limits: ResolvedLimits,
+    remeasured: Mapping[str, Figures],
+) -> list[Row]:
+    """One row per plan that has values, in the order of the trials.
+
+    Latencies measured anew stand in place of those of the trial; a plan whose accuracy on the runtime is not that of
+    torch is off the front.
+    """
+    on_front = {record.number for record in front(records, objectives)}
+    rows = []
+    for record in records:
+        if record.evaluation is None or record.duplicate_of is not None:
+            continue
+        row = evaluation_row(record.evaluation, limits)
+        row |= {"trial": record.number, "run_id": record.run_id, "origin": record.origin}
+        row["pareto"] = record.number in on_front
+        figures = remeasured.get(record.plan.hash())
+        if figures is not None:
+            row["pareto"] = row["pareto"] and not has_gap(row, figures)
+            row |= {name: value for name, value in figures.items() if name in FRONT_COLUMNS}
+        row["summary"] = summary(record.plan, row)
+        rows.append(row)
+    return rows
+
+
+def evaluation_row(evaluation: Evaluation, limits: ResolvedLimits) -> Row:
+    """An evaluation in the front's columns; what it does not say is None."""
+    row: Row = dict.fromkeys(FRONT_COLUMNS)
+    row |= {name: value for name, value in evaluation if name in FRONT_COLUMNS}
+    complete = evaluation.accuracy_drop is not None
+    row["feasible"] = complete and limits.feasible(evaluation)
+    row["surely_feasible"] = complete and limits.feasible(evaluation, surely=True)
+    row["pareto"] = False
+    row["summary"] = summary(evaluation.plan, row)
+    return row
+
+
+def summary(plan: Plan, row: Mapping[str, Any]) -> str:
+    """`14x tucker2 8/8, 4x none 8/8: 2.1x faster, 3.8x smaller, -0.4±0.3`; drops in points where scores are shares."""
+    what = plan.summary()
+    figures = [_times(row["latency_ratio"], "faster", "slower"), _times(row["bytes_ratio"], "smaller", "larger")]
+    if row.get("accuracy_drop") is not None:
+        figures.append(_points(row))
+    return f"{what}: {', '.join(figures)}"
+
+
+def study_hypervolume(records: Sequence[TrialRecord]) -> float:
+    """The hypervolume of the complete trials, controls included, in (drop, latency ratio, bytes ratio)."""
+    losses = [
+        [r.evaluation.accuracy_drop, r.evaluation.latency_ratio, r.evaluation.bytes_ratio]
+        for r in records
+        if r.state == "complete" and r.evaluation is not None and r.evaluation.accuracy_drop is not None
+    ]
+    return hypervolume(losses, REFERENCE_POINT) if losses else 0.0  # type: ignore[arg-type]
+
+
+def resolve_goals(goals: Goals, dense_score: float, dense_latency_ms: float, dense_bytes: int) -> ResolvedLimits:
+    """The goals as a drop in score units and as ratios to dense. Raises StudyError for `%` of a score beyond [0, 1]."""
+    limits = goals.limits()
+    drop, latency, size = (limits.get(name) for name in ("drop", "latency", "bytes"))
+    percent = isinstance(goals.max_drop, str) and goals.max_drop.strip().endswith("%")
+    if percent and not 0 <= dense_score <= 1:
+        raise StudyError(
+            f"max_drop {goals.max_drop!r} is in points of a score in [0, 1], but dense scores {dense_score:.4g}; "
+            "write a number in score units, or '1%rel'"
+        )
+    return ResolvedLimits(
+        max_drop=None if drop is None else drop.resolve(abs(dense_score)),
+        max_latency_ratio=None if latency is None else latency.resolve(dense_latency_ms) / dense_latency_ms,
+        max_bytes_ratio=None if size is None else size.resolve(dense_bytes) / dense_bytes,
+    )
+
+
+def choose(rows: Sequence[Row], *, minimize: str = "latency") -> tuple[Row, str]:
+    """The compressed row of the front with the least `minimize`, and a sentence on how sure it is.
+
+    Surely feasible rows come first, then feasible ones. Raises StudyError where no compressed plan is feasible.
+    """
+    if minimize not in MINIMIZED:
+        raise StudyError(f"minimize {minimize!r} is unknown; it is one of {', '.join(MINIMIZED)}")
+    compressed = [row for row in rows if row["pareto"] and is_compressed(row)]
+    for column, sentence in (
+        ("surely_feasible", "surely feasible: the worse ends of its intervals meet the goals"),
+        ("feasible", "feasible by its estimates; the worse ends of its intervals miss the goals"),
+    ):
+        candidates = [row for row in compressed if row[column]]
+        if candidates:
+            return min(candidates, key=lambda row: (row[MINIMIZED[minimize]], row["trial"])), sentence
+    raise StudyError(
+        "no compressed plan meets the goals; run more trials, or export one by --trial N out of `ranksearch front --all`"
+    )
+
+
+def recommended(rows: Sequence[Row]) -> dict[str, Row]:
+    """Out of feasible rows: the fastest, the smallest, the most accurate, and the knee of all three."""
+    losses = [[row["accuracy_drop"], row["latency_ratio"], row["bytes_ratio"]] for row in rows]
+    return {
+        "fastest": min(rows, key=lambda row: row["latency_ratio"]),
+        "smallest": min(rows, key=lambda row: row["bytes_ratio"]),
+        "most-accurate": min(rows, key=lambda row: (row["accuracy_drop"], row["latency_ratio"])),
+        "knee": rows[knee(losses)],  # type: ignore[arg-type]
+    }
+
+
+def is_compressed(row: Mapping[str, Any]) -> bool:
+    """Whether the row's plan changes the model at all."""
+    return not str(row["summary"]).startswith("dense:")
+
+
+def thin(rows: Sequence[Row], count: int = 12) -> list[Row]:
+    """At most `count` rows of a front, those first that differ from the ones before beyond their intervals."""
+    ordered = sorted(rows, key=lambda row: row["latency_ratio"])
+    distinct: list[Row] = []
+    for row in ordered:
+        if not any(_alike(row, other) for other in distinct):
+            distinct.append(row)
+    if len(distinct) <= count:
+        return distinct
+    step = (len(distinct) - 1) / (count - 1)
+    return [distinct[round(i * step)] for i in range(count)]
+
+
+def _alike(row: Row, other: Row) -> bool:
+    drops = abs(row["accuracy_drop"] - other["accuracy_drop"])
+    half_width = ((row["drop_high"] or 0.0) - (row["drop_low"] or 0.0)) / 2
+    ratios = abs(row["latency_ratio"] - other["latency_ratio"])
+    return bool(
+        drops <= half_width
+        and ratios <= (row["ratio_high"] - row["ratio_low"]) / 2
+        and abs(row["bytes_ratio"] - other["bytes_ratio"]) <= 0.02 * other["bytes_ratio"]
+    )
+
+
+def _times(ratio: float, better: str, worse: str) -> str:
+    return f"{1 / ratio:.1f}x {better}" if ratio <= 1 else f"{ratio:.1f}x {worse}"
+
+
+def _points(row: Mapping[str, Any]) -> str:
+    """The change of the score with half the width of its interval; in points where the score is a share."""
+    scale = 100 if 0 <= row["accuracy"] <= 1 else 1
+    change = -scale * row["accuracy_drop"]
+    if row.get("drop_low") is None:
+        return f"{change:+.1f}"
+    return f"{change:+.1f}±{scale * (row['drop_high'] - row['drop_low']) / 2:.1f}"

@@ -1,0 +1,144 @@
+"""What every runtime can do. No torch here: the side that opens and times a serialised model does without."""
+
+import abc
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ranksearch.errors import RuntimeUnavailableError
+from ranksearch.spec import Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ranksearch.layers import LayerSpec
+
+Bits = tuple[int, int]
+FLOAT_BITS: Bits = (32, 32)
+INT8_BITS: Bits = (8, 8)
+
+# The largest int8 weight code where a kernel's sums cannot saturate.
+FULL_WEIGHT_LIMIT = 127
+
+
+class AbstractSession(abc.ABC):
+    """A model, opened on its target for inputs of one shape."""
+
+    @abc.abstractmethod
+    def run(self, inputs: Any) -> Any:
+        """The outputs as numpy arrays: one, or a tuple or dict of them as the model gives.
+
+        `inputs` is an array, a tuple of arrays, or a mapping of names to arrays, shaped as the example was.
+        """
+
+    @abc.abstractmethod
+    def bind(self, inputs: Any) -> Callable[[], None]:
+        """A call that runs the model once on these inputs, and nothing besides, for timing."""
+
+    @abc.abstractmethod
+    def kernels(self) -> dict[str, str]:
+        """Which kernel runs each node: `Convolution jit_avx2_I8`."""
+
+    @abc.abstractmethod
+    def constant_bytes(self) -> int:
+        """The size of the constants that the model holds, weights above all, as the runtime stores them."""
+
+
+class AbstractRuntime(abc.ABC):
+    """A way to run models. `extra` is the part of `ranksearch[...]` that installs `module`; None needs none."""
+
+    name: ClassVar[str]
+    module: ClassVar[str]
+    extra: ClassVar[str | None] = None
+
+    def check_installed(self) -> None:
+        """Raises RuntimeUnavailableError, with the command that mends it, where the runtime is not installed."""
+        require(self.module, f"runtime {self.name!r}", self.extra)
+
+    @abc.abstractmethod
+    def check(self, target: Target) -> None:
+        """Raises RuntimeUnavailableError where this target cannot be run here, and says what can."""
+
+    @abc.abstractmethod
+    def supported_bits(self, spec: "LayerSpec", target: Target) -> tuple[Bits, ...]:
+        """The (weight, activation) bits for which a kernel runs a layer of this spec; (32, 32) always."""
+
+    @abc.abstractmethod
+    def options(self, target: Target) -> dict[str, str | int]:
+        """The runtime's own settings for this target, as they are recorded."""
+
+    @abc.abstractmethod
+    def fingerprint(self, target: Target) -> dict[str, str]:
+        """What a latency depends on: the device, its instructions, cores, and versions."""
+
+    @abc.abstractmethod
+    def prepare(self, model: "nn.Module", example: Any, target: Target) -> AbstractSession:
+        """The model in eval mode on the target, for inputs shaped as `example`; the model stays as it is."""
+
+    @abc.abstractmethod
+    def serialise(self, model: "nn.Module", example: Any, target: Target, directory: Path) -> Path:
+        """Writes what `open` reads into `directory`, and gives its path."""
+
+    @abc.abstractmethod
+    def open(self, path: Path, target: Target) -> AbstractSession:
+        """What `serialise` wrote, on the target."""
+
+    def weight_limit(self, target: Target) -> int:
+        """The largest int8 weight code whose sums the target's kernels hold without saturating: 64 or 127."""
+        return FULL_WEIGHT_LIMIT
+
+    def quantize_own(
+        self, model: "nn.Module", calibration_inputs: Iterable[Any], example: Any, target: Target
+    ) -> AbstractSession:
+        """The model as the runtime's own int8 quantizer makes it.
+
+        Raises RuntimeUnavailableError where the runtime has none, or it is not installed.
+        """
+        raise RuntimeUnavailableError(
+            f"runtime {self.name!r} has no int8 quantizer of its own; "
+            "runtime 'openvino' with pip install 'ranksearch[nncf]' has one"
+        )
+
+
+def int8_kernels(kernels: Mapping[str, str]) -> dict[str, str]:
+    """The convolutions, products and fully connected nodes that run in int8, out of a session's kernels."""
+    wanted = re.compile(r"(Convolution|FullyConnected|MatMul|GroupConvolution)\b.*[iu]8$", re.IGNORECASE)
+    return {node: kernel for node, kernel in kernels.items() if wanted.match(kernel)}
+
+
+def require(module: str, wanted_by: str, extra: str | None) -> None:
+    """Raises RuntimeUnavailableError where `module` is not installed."""
+    if find_spec(module) is None:
+        package = module if extra is None else f"'ranksearch[{extra}]'"
+        raise RuntimeUnavailableError(f"{wanted_by} needs {module}, which is not installed: pip install {package}")
+
+
+def available_threads(target: Target) -> int:
+    """The target's threads, or all cores that this process may use."""
+    if target.threads is not None:
+        return target.threads
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def host_fingerprint() -> dict[str, str]:
+    """The machine, whatever the runtime: system, processor, cores."""
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count() or 1),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()

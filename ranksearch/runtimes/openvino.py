@@ -1,0 +1,231 @@
+"""OpenVINO: opens a model, runs it, names its kernels. Without torch; what converts is openvino_conversion."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranksearch.errors import MeasurementError, RuntimeUnavailableError
+from ranksearch.runtimes.base import (
+    FLOAT_BITS,
+    FULL_WEIGHT_LIMIT,
+    INT8_BITS,
+    AbstractRuntime,
+    AbstractSession,
+    Bits,
+    available_threads,
+    host_fingerprint,
+    int8_kernels,
+    require,
+)
+from ranksearch.runtimes.structure import Kind, Structure, leaves_of, structure_of
+from ranksearch.spec import Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ranksearch.layers import LayerSpec
+
+PRECISIONS = ("f32", "bf16", "f16", "default")
+INFO = "ranksearch"
+# Weights up to here never saturate: 255 * (64 + 64) fits the 16 bits in which some kernels add two products.
+SATURATING_WEIGHT_LIMIT = 64
+
+
+@contextmanager
+def _no_telemetry() -> Iterator[None]:
+    """While open, openvino and nncf find no telemetry package, so they take their silent stub."""
+    name = "openvino_telemetry"
+    before = sys.modules.get(name)
+    sys.modules[name] = cast(Any, None)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
+
+
+@cache
+def load_openvino() -> Any:
+    """The openvino module, imported when first needed and without telemetry."""
+    with _no_telemetry():
+        import openvino
+    return openvino
+
+
+@cache
+def load_nncf() -> Any:
+    """The nncf module, imported when first needed, silent and without telemetry."""
+    load_openvino()
+    os.environ.setdefault("NNCF_CI", "1")  # nncf's own switch for its telemetry
+    with _no_telemetry():
+        import nncf
+    nncf.set_log_level(40)
+    return nncf
+
+
+@cache
+def core() -> Any:
+    """The one openvino.Core of this process."""
+    return load_openvino().Core()
+
+
+@final
+class OpenVINOSession(AbstractSession):
+    """A compiled model; `structure` metadata of inputs and outputs comes from the model itself."""
+
+    def __init__(self, model: Any, target: Target, options: dict[str, str | int]) -> None:
+        self._inputs = _read_structure(model, "inputs", len(model.inputs))
+        self._outputs = _read_structure(model, "outputs", len(model.outputs))
+        self._constant_bytes: int = sum(
+            op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant"
+        )
+        self._compiled = core().compile_model(model, target.device.upper(), options)
+        self._request = self._compiled.create_infer_request()
+
+    def run(self, inputs: Any) -> Any:
+        arrays = self._arrays(inputs)
+        self._request.infer(dict(enumerate(arrays)))
+        leaves = [self._request.get_output_tensor(i).data.copy() for i in range(len(self._outputs.names))]
+        return self._outputs.arrange(leaves)
+
+    def bind(self, inputs: Any) -> Callable[[], None]:
+        request = self._compiled.create_infer_request()
+        for i, array in enumerate(self._arrays(inputs)):
+            request.set_input_tensor(i, load_openvino().Tensor(np.array(array, order="C")))
+
+        def call() -> None:
+            request.infer(share_outputs=True)
+
+        return call
+
+    def kernels(self) -> dict[str, str]:
+        return model_kernels(self._compiled)
+
+    def constant_bytes(self) -> int:
+        return self._constant_bytes
+
+    def _arrays(self, inputs: Any) -> list[NDArray[Any]]:
+        """The input arrays in the model's order. Raises MeasurementError where they do not fit it."""
+        given = structure_of(inputs)
+        leaves = dict(zip(given.names, leaves_of(inputs), strict=True))
+        missing = [name for name in self._inputs.names if name not in leaves]
+        if missing or len(leaves) != len(self._inputs.names):
+            raise MeasurementError(f"inputs are {list(leaves)}; the model takes {list(self._inputs.names)}")
+        arrays = [np.asarray(leaves[name]) for name in self._inputs.names]
+        for name, array, port in zip(self._inputs.names, arrays, self._compiled.inputs, strict=True):
+            if tuple(port.shape) != array.shape:
+                raise MeasurementError(
+                    f"input {name!r} has shape {array.shape}; the model was prepared for {tuple(port.shape)}"
+                )
+        return arrays
+
+
+@final
+class OpenVINORuntime(AbstractRuntime):
+    """OpenVINO on a CPU or an Intel GPU; int8 by fake-quantized layers or by NNCF."""
+
+    name: ClassVar[str] = "openvino"
+    module: ClassVar[str] = "openvino"
+
+    def check(self, target: Target) -> None:
+        self.check_installed()
+        if target.mode != "eager":
+            raise RuntimeUnavailableError(f"runtime 'openvino' has no mode {target.mode!r}; leave it at 'eager'")
+        if target.precision not in PRECISIONS:
+            raise RuntimeUnavailableError(
+                f"runtime 'openvino' has no precision {target.precision!r}; it has {', '.join(PRECISIONS)}"
+            )
+        devices = core().available_devices
+        if target.device.upper() not in devices:
+            raise RuntimeUnavailableError(
+                f"OpenVINO finds no device {target.device!r} here; it finds {', '.join(devices).lower()}"
+            )
+
+    def supported_bits(self, spec: "LayerSpec", target: Target) -> tuple[Bits, ...]:
+        from ranksearch.runtimes.openvino_probe import layer_kernels
+
+        kernels = layer_kernels(spec, target.device, target.precision)
+        return (FLOAT_BITS, INT8_BITS) if int8_kernels(kernels) else (FLOAT_BITS,)
+
+    def weight_limit(self, target: Target) -> int:
+        from ranksearch.runtimes.openvino_probe import saturates
+
+        return SATURATING_WEIGHT_LIMIT if saturates(target.device) else FULL_WEIGHT_LIMIT
+
+    def options(self, target: Target) -> dict[str, str | int]:
+        options: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        if target.device == "cpu":
+            options["INFERENCE_NUM_THREADS"] = available_threads(target)
+        if target.precision != "default":
+            options["INFERENCE_PRECISION_HINT"] = target.precision
+        return options
+
+    def fingerprint(self, target: Target) -> dict[str, str]:
+        device = target.device.upper()
+        capabilities = core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+        return {
+            **host_fingerprint(),
+            "device": str(core().get_property(device, "FULL_DEVICE_NAME")).strip(),
+            "capabilities": " ".join(sorted(str(capability) for capability in capabilities)),
+            "openvino": load_openvino().get_version(),
+        }
+
+    def prepare(self, model: "nn.Module", example: Any, target: Target) -> AbstractSession:
+        from ranksearch.runtimes.openvino_conversion import to_openvino
+
+        return self._session(to_openvino(model, example), target)
+
+    def serialise(self, model: "nn.Module", example: Any, target: Target, directory: Path) -> Path:
+        from ranksearch.runtimes.openvino_conversion import to_openvino
+
+        path = Path(directory) / "model.xml"
+        load_openvino().save_model(to_openvino(model, example), path, compress_to_fp16=False)
+        return path
+
+    def open(self, path: Path, target: Target) -> AbstractSession:
+        if not Path(path).is_file():
+            raise RuntimeUnavailableError(f"there is no OpenVINO model {path}")
+        return self._session(core().read_model(path), target)
+
+    def quantize_own(
+        self, model: "nn.Module", calibration_inputs: Iterable[Any], example: Any, target: Target
+    ) -> AbstractSession:
+        require("nncf", "OpenVINO's own int8", "nncf")
+        from ranksearch.runtimes.openvino_conversion import to_openvino_int8
+
+        return self._session(to_openvino_int8(model, calibration_inputs, example), target)
+
+    def _session(self, model: Any, target: Target) -> OpenVINOSession:
+        return OpenVINOSession(model, target, self.options(target))
+
+
+def model_kernels(compiled: Any) -> dict[str, str]:
+    """Each executed node of a compiled model with its type and kernel: `Convolution jit_avx2_I8`."""
+    kernels = {}
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind, primitive = info["layerType"].astype(str), info["primitiveType"].astype(str)
+        if kind not in ("Const", "Input", "Output"):
+            kernels[node.get_friendly_name()] = f"{kind} {primitive}"
+    return kernels
+
+
+def write_structure(model: Any, side: str, structure: Structure) -> None:
+    """Notes in the model (in place) how its inputs or outputs are arranged."""
+    model.set_rt_info(structure.kind, [INFO, side, "kind"])
+    model.set_rt_info("\n".join(structure.names), [INFO, side, "names"])
+
+
+def _read_structure(model: Any, side: str, n_leaves: int) -> Structure:
+    if not model.has_rt_info([INFO, side, "kind"]):
+        return Structure(kind="single" if n_leaves == 1 else "tuple", names=tuple(str(i) for i in range(n_leaves)))
+    kind, names = (model.get_rt_info([INFO, side, key]).astype(str) for key in ("kind", "names"))
+    return Structure(kind=cast(Kind, kind), names=tuple(names.split("\n")))

@@ -1,0 +1,119 @@
+"""From torch modules to OpenVINO models."""
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ranksearch.layers import call_model
+from ranksearch.quantization import CODE_LIMIT, freeze, quantized_modules
+from ranksearch.runtimes.openvino import load_nncf, load_openvino, write_structure
+from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
+
+N_OWN_CALIBRATION_EXAMPLES = 300
+
+
+def to_openvino(model: nn.Module, example: Any) -> Any:
+    """The model in eval mode as an openvino.Model of static shape, quantized weights stored as int8.
+
+    Raises MeasurementError where inputs or outputs are nested.
+    """
+    converted = _convert(model, example)
+    from openvino._offline_transformations import compress_quantize_weights_transformation
+
+    compress_quantize_weights_transformation(converted)
+    return converted
+
+
+def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], example: Any) -> Any:
+    """The model as NNCF quantizes it from up to 300 calibration examples, as an openvino.Model."""
+    converted = _convert(model, example)
+    nncf = load_nncf()
+    inputs = structure_of(example)
+    n_rows = len(leaves_of(example)[0])
+    batches = list(_batches(calibration_inputs, inputs, n_rows))
+    # NNCF draws progress bars on stdout whatever its log level.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = nncf.quantize(converted, nncf.Dataset(batches), subset_size=len(batches))
+    from openvino._offline_transformations import compress_quantize_weights_transformation
+
+    compress_quantize_weights_transformation(quantized)
+    return quantized
+
+
+def _convert(model: nn.Module, example: Any) -> Any:
+    load_openvino()
+    from openvino._offline_transformations import apply_moc_transformations
+
+    inputs = structure_of(example)
+    leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
+    # OpenVINO shares memory with what it converts; a copy keeps later training out of the compiled model.
+    frozen = _on_grid(copy.deepcopy(model).cpu().eval().requires_grad_(False))
+    outputs: list[Structure] = []
+
+    def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
+        """The model from a flat list of tensors to a tuple of tensors, which tracing handles surely."""
+        values = call_model(frozen, inputs.arrange(leaves))
+        outputs.append(structure_of(values))
+        return tuple(leaves_of(values))
+
+    converted = _from_trace(_trace(flat, leaves))
+    converted.reshape({i: list(leaf.shape) for i, leaf in enumerate(leaves)})
+    # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
+    apply_moc_transformations(converted, cf=True, smart_reshape=False)
+    write_structure(converted, "inputs", inputs)
+    write_structure(converted, "outputs", outputs[0])
+    return converted
+
+
+def _on_grid(model: nn.Module) -> nn.Module:
+    """The model with its quantized weights on their grid (in place), so that tracing meets no clamp."""
+    freeze(model)
+    for module in quantized_modules(model).values():
+        module.weight_limit = CODE_LIMIT
+    return model
+
+
+def _trace(flat: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
+    """The function's trace. A function, not a module: torch would script each submodule, which takes longest."""
+    with warnings.catch_warnings(), torch.no_grad():
+        # torch.jit is deprecated, but what replaces it takes seconds per model.
+        warnings.simplefilter("ignore")
+        return cast(Any, torch.jit.trace)(flat, leaves, check_trace=False, strict=False)
+
+
+def _from_trace(traced: Any) -> Any:
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    # The front end calls back into the decoder, which Python must keep alive until the end.
+    decoder = TorchScriptPythonDecoder(traced)
+    loaded = frontend.load(decoder)
+    return frontend.convert(loaded)
+
+
+def _batches(calibration_inputs: Iterable[Any], inputs: Structure, n_rows: int) -> Iterator[Any]:
+    """Batches of exactly `n_rows` rows, as NNCF takes them, until there are enough examples."""
+    held: list[list[Tensor]] = []
+    n_held, n_given = 0, 0
+    for batch in calibration_inputs:
+        held.append([torch.as_tensor(leaf) for leaf in leaves_of(batch)])
+        n_held += len(held[-1][0])
+        while n_held >= n_rows and n_given < N_OWN_CALIBRATION_EXAMPLES:
+            joined = [torch.cat(parts) for parts in zip(*held, strict=True)]
+            yield _as_fed([leaf[:n_rows].numpy() for leaf in joined], inputs)
+            held, n_held, n_given = [[leaf[n_rows:] for leaf in joined]], n_held - n_rows, n_given + n_rows
+        if n_given >= N_OWN_CALIBRATION_EXAMPLES:
+            return
+
+
+def _as_fed(arrays: list[np.ndarray[Any, Any]], inputs: Structure) -> Any:
+    return arrays[0] if inputs.kind == "single" else cast(Any, dict(enumerate(arrays)))

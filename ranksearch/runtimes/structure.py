@@ -1,0 +1,47 @@
+"""Inputs and outputs of models as flat lists of leaves, and back: one value, a tuple, or a mapping."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ranksearch.errors import MeasurementError
+
+Kind = Literal["single", "tuple", "mapping"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """How leaves are arranged; `names` are a mapping's keys, else their positions."""
+
+    kind: Kind
+    names: tuple[str, ...]
+
+    def arrange(self, leaves: Sequence[Any]) -> Any:
+        """The leaves as the model gives or takes them."""
+        if self.kind == "mapping":
+            return dict(zip(self.names, leaves, strict=True))
+        return tuple(leaves) if self.kind == "tuple" else leaves[0]
+
+
+def structure_of(values: Any) -> Structure:
+    """How `values` are arranged. Raises MeasurementError where they are nested, which no runtime takes."""
+    if isinstance(values, Mapping):
+        structure = Structure(kind="mapping", names=tuple(str(name) for name in values))
+    elif isinstance(values, tuple | list):
+        structure = Structure(kind="tuple", names=tuple(str(i) for i in range(len(values))))
+    else:
+        structure = Structure(kind="single", names=("0",))
+    for name, leaf in zip(structure.names, leaves_of(values), strict=True):
+        if isinstance(leaf, Mapping | tuple | list) or leaf is None:
+            raise MeasurementError(
+                f"element {name!r} of the model's inputs or outputs is a {type(leaf).__name__}; "
+                "use a tensor, a tuple of tensors, or a mapping of names to tensors"
+            )
+    return structure
+
+
+def leaves_of(values: Any) -> list[Any]:
+    """The leaves in order."""
+    if isinstance(values, Mapping):
+        return list(values.values())
+    return list(values) if isinstance(values, tuple | list) else [values]

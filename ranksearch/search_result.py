@@ -1,0 +1,199 @@
+"""What a study found: its front, its best plan, and the export of one; read without running any user code."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ranksearch.candidates import Profile
+from ranksearch.errors import StudyError
+from ranksearch.evaluation import FRONT_COLUMNS
+from ranksearch.export import PLAN, export_bundle
+from ranksearch.home import StudyHome, read_json
+from ranksearch.optimization import ResolvedLimits, read_study, records
+from ranksearch.plan import Plan, Provenance
+from ranksearch.report import ExportFacts, export_report
+from ranksearch.results import Row, choose, resolve_goals, trial_rows
+from ranksearch.spec import Goals, Objective
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """What a study found. `rows` hold every evaluated plan, `controls` the records beside the trials."""
+
+    home: StudyHome
+    rows: list[Row]
+    controls: list[Row]
+    plans: Mapping[int, Plan]
+    limits: ResolvedLimits
+    stopped_early: bool = False
+    pareto_url: str | None = None
+
+    @property
+    def front(self) -> "pandas.DataFrame":
+        """The front as a table, fastest first."""
+        return as_table([row for row in self.rows if row["pareto"]]).sort_values("latency_ratio", ignore_index=True)
+
+    def best(self, *, max_drop: float | None = None, minimize: str = "latency") -> Plan:
+        """The front's plan with the least `minimize` (latency, size, drop) that meets the goals, or this drop.
+
+        Raises StudyError where no compressed plan does.
+        """
+        rows = self.rows
+        if max_drop is not None:
+            rows = [
+                {**row, "feasible": (row["accuracy_drop"] or 0.0) <= max_drop, "surely_feasible": False}
+                for row in rows
+                if row["accuracy_drop"] is not None
+            ]
+        return self.plans[choose(rows, minimize=minimize)[0]["trial"]]
+
+
+def as_table(rows: Sequence[Row]) -> "pandas.DataFrame":
+    """Rows as a table with the front's columns."""
+    import pandas
+
+    from ranksearch.evaluation import FRONT_COLUMNS
+
+    return pandas.DataFrame(rows, columns=list(FRONT_COLUMNS))
+
+
+def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
+    """What a study has found so far, read without running any user code, also while it runs."""
+    record = read_json(home.study)
+    objectives: tuple[Objective, ...] = tuple(record["objectives"])
+    optuna_study = read_study(storage or home.directory, record["name"])
+    limits = _stored_limits(optuna_study.user_attrs["limits"])
+    history = records(optuna_study)
+    return SearchResult(
+        home=home,
+        rows=trial_rows(history, objectives, limits, read_json(home.remeasured)),
+        controls=list(read_json(home.controls).get("controls", [])),
+        plans={record.number: record.plan for record in history},
+        limits=limits,
+    )
+
+
+def export_plan(
+    home: StudyHome,
+    destination: Path,
+    *,
+    goals: Goals,
+    minimize: str,
+    trial: int | None,
+    run_id: str | None,
+    force: bool,
+    storage: str | None,
+) -> tuple[Row, str]:
+    """Writes the chosen trial's export folder; gives its row, and a sentence on why and how sure it is.
+
+    Without `trial` or `run_id` the plan with the least `minimize` is chosen that meets `goals`, or the study's own
+    where none is given. Raises StudyError where there is no such plan, or its weights are gone.
+    """
+    result = read_result(home, storage)
+    if goals.limits():
+        result = _with_goals(result, goals)
+    row, note = _chosen(result, minimize, trial, run_id)
+    plan = result.plans[row["trial"]]
+    record = read_json(home.study)
+    provenance = Provenance(study=record["name"], trial=row["trial"], seed=record.get("seed"))
+    measured = {name: row[name] for name in FRONT_COLUMNS} | {"dense_latency_ms": record["dense_latency_ms"]}
+    export_bundle(home.plan(plan.hash()), destination, measured, _report(result, row, plan, record), provenance, force)
+    return row, note + _test_note(result, row)
+
+
+def plan_layers(profile: Profile, plan: Plan) -> list[Row]:
+    """Layer by layer what was chosen, its predicted loss, and the milliseconds and bytes that it saves."""
+    rows = []
+    for layer in profile.layers:
+        dense, chosen = layer.candidates[layer.dense], layer.candidates[layer.index(plan.choice(layer.name))]
+        rows.append(
+            {
+                "layer": layer.name,
+                "choice": chosen.choice.label,
+                "predicted_loss": chosen.loss,
+                "saved_ms": dense.latency_ms - chosen.latency_ms,
+                "saved_bytes": dense.n_bytes - chosen.n_bytes,
+            }
+        )
+    return rows
+
+
+def read_profile(home: StudyHome) -> Profile:
+    """The study's candidate table."""
+    return Profile.from_json(home.candidates.read_text(encoding="utf-8"), source=str(home.candidates))
+
+
+def _report(result: SearchResult, row: Row, plan: Plan, record: Mapping[str, Any]) -> str:
+    bundle = result.home.plan(plan.hash())
+    script = record.get("script") or "STUDY.py"
+    written = Plan.read(bundle / PLAN).provenance or Provenance()
+    return export_report(
+        ExportFacts(
+            study=record["name"],
+            plan=plan,
+            row=row,
+            rows=[*result.rows, *result.controls],
+            layers=plan_layers(read_profile(result.home), plan),
+            target={**record["target"], **record["fingerprint"]},
+            versions=written.versions,
+            files={path.name: path.stat().st_size for path in sorted(bundle.iterdir())},
+            max_drop=result.limits.max_drop,
+            noise_floor=record["noise_floor"],
+            notes=[f"{name}: {reason}" for name, reason in record.get("skipped", {}).items()],
+            commands=[f"ranksearch run {script}", f"ranksearch export {script} --trial {row['trial']} -o DIR"],
+        )
+    )
+
+
+def _chosen(result: SearchResult, minimize: str, trial: int | None, run_id: str | None) -> tuple[Row, str]:
+    if trial is None and run_id is None:
+        row, sentence = choose(result.rows, minimize=minimize)
+        return row, f"Chosen as the least {minimize}; {sentence}."
+    wanted = f"trial {trial}" if trial is not None else f"MLflow run {run_id}"
+    for row in result.rows:
+        if row["trial"] == trial or (run_id is not None and row["run_id"] == run_id):
+            if row["accuracy"] is None:
+                raise StudyError(f"{wanted} was stopped before it was trained; export another")
+            return row, f"Chosen by its number; {'it meets' if row['feasible'] else 'it does not meet'} the goals."
+    raise StudyError(f"there is no {wanted} with values; `ranksearch front --all` lists them")
+
+
+def _with_goals(result: SearchResult, goals: Goals) -> SearchResult:
+    """The result, judged by other goals."""
+    record = read_json(result.home.study)
+    limits = resolve_goals(goals, record["dense_accuracy"], record["dense_latency_ms"], record["dense_bytes"])
+    return replace(result, rows=[_judged(row, limits) for row in result.rows], limits=limits)
+
+
+def _judged(row: Row, limits: ResolvedLimits) -> Row:
+    """The row with its feasibility under these limits."""
+    bounds = limits.to_json()
+    estimates = {"drop": row["accuracy_drop"], "latency": row["latency_ratio"], "bytes": row["bytes_ratio"]}
+    worst = {"drop": row["drop_high"], "latency": row["ratio_high"], "bytes": row["bytes_ratio"]}
+
+    def meets(figures: Mapping[str, float | None]) -> bool:
+        return all(
+            limit is None or (figure is not None and figure <= limit)
+            for limit, figure in ((bounds[name], figures[name]) for name in bounds)
+        )
+
+    complete = row["accuracy_drop"] is not None
+    return {**row, "feasible": complete and meets(estimates), "surely_feasible": complete and meets(worst)}
+
+
+def _test_note(result: SearchResult, row: Row) -> str:
+    """What the test split says of the drop goal; empty where there is neither."""
+    limit = result.limits.max_drop
+    if limit is None or row["test_drop_low"] is None:
+        return ""
+    if row["test_drop_low"] > limit:
+        return f" On test data it misses the drop goal: its interval begins at {row['test_drop_low']:.4f}."
+    return f" On test data its drop is {row['test_accuracy_drop']:.4f}."
+
+
+def _stored_limits(limits: Mapping[str, float | None]) -> ResolvedLimits:
+    return ResolvedLimits(max_drop=limits["drop"], max_latency_ratio=limits["latency"], max_bytes_ratio=limits["bytes"])

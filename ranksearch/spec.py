@@ -1,0 +1,247 @@
+"""What a study script fills in: values only."""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ranksearch.errors import StudyError
+
+Batches = Iterable[tuple[Any, Any]]
+Objective = Literal["drop", "latency", "bytes"]
+OBJECTIVES: tuple[Objective, ...] = ("drop", "latency", "bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Re-iterables of (inputs, targets) batches.
+
+    Validation and test give the same examples in the same order at every pass; calibration and train may shuffle
+    and augment. Without `train` recovery uses the calibration data; without `test` the report says so.
+    """
+
+    calibration: Batches
+    validation: Batches
+    train: Batches | None = None
+    test: Batches | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """Where the model must run. `threads=None` means all cores; precision `default` is the runtime's own choice."""
+
+    runtime: str = "openvino"
+    mode: str = "eager"
+    device: str = "cpu"
+    batch_size: int = 1
+    threads: int | None = None
+    precision: str = "f32"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A parsed goal: `value` in the unit `kind` (absolute, relative, ms, bytes, ratio)."""
+
+    value: float
+    kind: Literal["absolute", "relative", "ms", "bytes", "ratio"]
+
+    def resolve(self, dense: float) -> float:
+        """The limit in the unit of `dense`, the dense model's own figure."""
+        return self.value * dense if self.kind in ("relative", "ratio") else self.value
+
+
+_NUMBER = r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*"
+_SECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_drop(text: str | float) -> Limit:
+    """`1%` is 0.01 in score units, `1%rel` relative to dense, a bare number is in score units."""
+    if isinstance(text, int | float):
+        if not 0 <= text < float("inf"):
+            raise StudyError(f"max_drop {text!r} must be a number from 0 up")
+        return Limit(float(text), "absolute")
+    match = re.fullmatch(_NUMBER + r"(%rel|%)?\s*", text)
+    if not match:
+        raise StudyError(f"max_drop {text!r} cannot be read; write '1%' (absolute), '1%rel' or 0.01")
+    value, unit = float(match[1]), match[2]
+    if unit is None:
+        return Limit(value, "absolute")
+    return Limit(value / 100, "relative" if unit == "%rel" else "absolute")
+
+
+def parse_latency(text: str) -> Limit:
+    """`5ms` is a time, `0.5x` a ratio to dense."""
+    match = re.fullmatch(_NUMBER + r"(us|ms|s|x)\s*", str(text))
+    if not match:
+        raise StudyError(f"max_latency {text!r} cannot be read; write '5ms' or '0.5x'")
+    value, unit = float(match[1]), match[2]
+    return Limit(value, "ratio") if unit == "x" else Limit(value * _SECONDS[unit], "ms")
+
+
+def parse_size(text: str) -> Limit:
+    """`2MB` is a size, `25%` (or `0.25x`) a share of dense."""
+    match = re.fullmatch(_NUMBER + r"(%|x|" + "|".join(_BYTES) + r")\s*", str(text))
+    if not match:
+        raise StudyError(f"max_size {text!r} cannot be read; write '2MB' or '25%'")
+    value, unit = float(match[1]), match[2]
+    if unit in "%x":
+        return Limit(value / 100 if unit == "%" else value, "ratio")
+    return Limit(value * _BYTES[unit], "bytes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goals:
+    """What the user demands, in the user's words: `1%` or `1%rel`; `5ms` or `0.5x`; `2MB` or `25%`.
+
+    Raises StudyError for a goal that cannot be parsed.
+    """
+
+    max_drop: str | float | None = None
+    max_latency: str | None = None
+    max_size: str | None = None
+
+    def __post_init__(self) -> None:
+        self.limits()
+
+    def limits(self) -> dict[Objective, Limit]:
+        """The goals that are set, parsed, by the objective that they bound."""
+        limits: dict[Objective, Limit] = {}
+        if self.max_drop is not None:
+            limits["drop"] = parse_drop(self.max_drop)
+        if self.max_latency is not None:
+            limits["latency"] = parse_latency(self.max_latency)
+        if self.max_size is not None:
+            limits["bytes"] = parse_size(self.max_size)
+        return limits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """What may be chosen. `only` and `skip` are globs on layer names; ranks are multiples of `rank_multiple`."""
+
+    decompositions: tuple[str, ...] = ("none", "svd", "spatial_svd", "tucker2")
+    weight_bits: tuple[int, ...] = (32, 8)
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    rank_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        # Study scripts write lists; frozen values hold tuples.
+        for name in ("decompositions", "weight_bits", "only", "skip"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise StudyError(f"Space.{name} is the string {value!r}; write [{value!r}]")
+            object.__setattr__(self, name, tuple(value))
+        if self.rank_multiple < 1:
+            raise StudyError(f"Space.rank_multiple is {self.rank_multiple}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovery:
+    """The short fine-tuning of every trial: a budget in `epochs` or in `steps` (which wins), on `device`."""
+
+    epochs: float = 1.0
+    steps: int | None = None
+    learning_rate: float = 0.02
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or (self.steps is not None and self.steps < 0) or self.learning_rate <= 0:
+            raise StudyError(
+                f"Recovery(epochs={self.epochs}, steps={self.steps}, learning_rate={self.learning_rate}): "
+                "budgets must not be negative and the learning rate must be positive"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusScore:
+    """A score over all outputs and targets at once, such as a rank correlation."""
+
+    function: Callable[[Any, Any], float]
+
+
+def corpus_score(function: Callable[[Any, Any], float]) -> CorpusScore:
+    """Marks `function(all outputs, all targets) -> float` as a score of the whole data set."""
+    return CorpusScore(function)
+
+
+Score = Callable[..., Any] | CorpusScore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudySpec:
+    """A study: the model, its data, its loss and score, where it must run, and what is demanded.
+
+    `model` is () -> trained nn.Module; `data` is () -> Data; `loss` is (outputs, targets) -> mean over the batch;
+    `score` is a per-example function (outputs, targets) -> one number per example, or corpus_score(..), or
+    evaluate(model) -> float.
+    """
+
+    name: str
+    model: Callable[[], Any]
+    data: Callable[[], Data]
+    loss: Callable[[Any, Any], Any]
+    score: Score
+    higher_is_better: bool = True
+    target: Target = field(default_factory=Target)
+    goals: Goals = field(default_factory=Goals)
+    space: Space = field(default_factory=Space)
+    recovery: Recovery = field(default_factory=Recovery)
+    objectives: tuple[Objective, ...] = OBJECTIVES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "objectives", tuple(self.objectives))
+        if not re.fullmatch(r"\w[\w.\- ]*", self.name):
+            raise StudyError(f"study name {self.name!r}: use letters, digits, '_', '-', '.' and spaces, a letter first")
+        unknown = [o for o in self.objectives if o not in OBJECTIVES]
+        if unknown or len(self.objectives) < 2 or len(set(self.objectives)) != len(self.objectives):
+            raise StudyError(f"objectives {self.objectives} must be two or three different ones out of {OBJECTIVES}")
+
+
+def load_study(path: str | Path) -> StudySpec:
+    """Imports a study script and gives its `study`.
+
+    Raises StudyError where the file does not exist, does not import, or has no `study`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise StudyError(f"there is no study script {path}")
+    module_name = f"ranksearch_study_{file.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, file)
+    if module_spec is None or module_spec.loader is None:
+        raise StudyError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    directory = str(file.resolve().parent)
+    if directory not in sys.path:
+        # A script may import its neighbours, as with `python FILE`; also later, inside its functions: it stays.
+        sys.path.insert(0, directory)
+    try:
+        module_spec.loader.exec_module(module)
+    except StudyError:
+        raise
+    except Exception as error:
+        raise StudyError(f"{path} does not import: {_where(error, file)}{type(error).__name__}: {error}") from error
+    study = getattr(module, "study", None)
+    if not isinstance(study, StudySpec):
+        found = "no `study`" if study is None else f"`study` is a {type(study).__name__}"
+        raise StudyError(f"{path}: {found}; it must end with `study = rs.StudySpec(...)`")
+    return study
+
+
+def _where(error: BaseException, file: Path) -> str:
+    """The deepest line of `file` in the error's traceback: `line 12: `."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: "
+    lines = []
+    step = error.__traceback__
+    while step is not None:
+        if Path(step.tb_frame.f_code.co_filename).resolve() == file.resolve():
+            lines.append(step.tb_lineno)
+        step = step.tb_next
+    return f"line {lines[-1]}: " if lines else ""

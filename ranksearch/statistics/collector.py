@@ -1,0 +1,139 @@
+"""What one layer sees: the moments of its inputs and of the loss gradients."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.errors import StudyError
+from ranksearch.layers import ConvSpec, LayerInfo, LayerSpec
+from ranksearch.statistics.patches import channels_first, count_taps, output_rows, tap_patches
+from ranksearch.statistics.values import LayerStatistics
+
+# Patches are made for as many examples at once as give this many numbers: 16 MB, which the caches nearly hold.
+CHUNK_NUMBERS = 1 << 22
+# Multiply-adds for one layer's covariance; beyond, a random sample of its positions stands for all.
+COVARIANCE_MACS = 1e11
+
+
+class Collector:
+    """Listens to one layer and adds up what it sees; mutable, and gone when `collect` returns."""
+
+    def __init__(self, info: LayerInfo, max_examples: int, n_exact: int, seed: int) -> None:
+        n_outputs, *rest = info.spec.weight_shape
+        n_inputs = math.prod(rest)
+        self.spec: LayerSpec = info.spec
+        self.n_groups = info.spec.groups if isinstance(info.spec, ConvSpec) else 1
+        self.moment = torch.zeros(n_inputs, n_inputs, dtype=torch.float64) if self.n_groups == 1 else None
+        self.total = torch.zeros(n_inputs, dtype=torch.float64)
+        self.outer = torch.zeros(n_outputs, n_outputs, dtype=torch.float64)
+        self.weight_gradients = torch.zeros(n_exact, n_outputs, n_inputs)
+        self.bias_gradients = torch.zeros(n_exact, n_outputs)
+        self.n_positions = self.n_gradient_positions = 0
+        self.n_gradient_rows = 0
+        self.by_example = n_exact > 0
+        self.max_rows = max(int(COVARIANCE_MACS / n_inputs**2), 4 * n_inputs) / max_examples
+        self.generator = torch.Generator().manual_seed(seed)
+        self.n_rows, self.n_before, self.with_gradients = 0, 0, False
+
+    def start(self, n_rows: int, n_before: int, *, with_gradients: bool) -> None:
+        """The next call is for `n_rows` examples, after `n_before`."""
+        self.n_rows, self.n_before, self.with_gradients = n_rows, n_before, with_gradients
+
+    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        inputs = arguments[0].detach()
+        self._add_inputs(inputs)
+        if not self.with_gradients:
+            return None
+        if not output.requires_grad:
+            # With frozen parameters the first layers have nothing to differentiate: an added zero starts the graph.
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        output.register_hook(lambda gradient: self._add_gradients(inputs, gradient))  # type: ignore[no-untyped-call]
+        return output
+
+    def _add_inputs(self, inputs: Tensor) -> None:
+        if self.moment is None:
+            return
+        for chunk in torch.split(inputs, self._chunk_size(inputs)):
+            patches = tap_patches(self.spec, chunk)
+            self.n_positions += patches.shape[0] * patches.shape[1]
+            rows, weight = self._sampled(patches, self.max_rows * self.n_rows / len(inputs))
+            self.moment += weight * (rows.T @ rows).cpu().double()
+            self.total += weight * (rows.new_ones(len(rows)) @ rows).cpu().double()
+
+    def _sampled(self, patches: Tensor, max_positions: float) -> tuple[Tensor, float]:
+        """The rows to add up, all or a random sample, and how many positions each stands for."""
+        n_positions = patches.shape[1]
+        n_kept = max(1, int(max_positions))
+        if n_kept < n_positions:
+            kept = torch.randperm(n_positions, generator=self.generator)[:n_kept].to(patches.device)
+            patches = patches[:, kept]
+        rows = patches.reshape(-1, patches.shape[-1]).float()
+        return rows, n_positions / patches.shape[1]
+
+    def _add_gradients(self, inputs: Tensor, gradient: Tensor) -> None:
+        gradient = gradient.detach()
+        rows = output_rows(self.spec, gradient).float()
+        flat = rows.reshape(-1, rows.shape[-1])
+        self.outer += (flat.T @ flat).cpu().double()
+        self.n_gradient_positions += len(flat)
+        self.by_example &= len(inputs) % self.n_rows == 0
+        n_kept = min(self.n_rows, len(self.weight_gradients) - self.n_before)
+        if not self.by_example or n_kept <= 0:
+            return
+        self.n_gradient_rows = self.n_before + n_kept
+        # A layer may see several rows per example (windows, tokens), one example's after the other's.
+        repeats = len(inputs) // self.n_rows
+        size = max(1, self._chunk_size(inputs) // repeats)
+        for start in range(0, n_kept, size):
+            stop = min(start + size, n_kept)
+            block = slice(start * repeats, stop * repeats)
+            target = slice(self.n_before + start, self.n_before + stop)
+            by_example = rows[block].reshape(stop - start, -1, rows.shape[-1])
+            patches = tap_patches(self.spec, inputs[block]).float()
+            patches = patches.reshape(stop - start, -1, patches.shape[-1])
+            self.weight_gradients[target] += self._per_example(by_example, patches).cpu()
+            self.bias_gradients[target] += by_example.sum(1).cpu()
+
+    def _per_example(self, gradients: Tensor, patches: Tensor) -> Tensor:
+        """(N, T, D) out of (N, positions, T) and (N, positions, taps of all channels)."""
+        if self.n_groups == 1:
+            return channels_first(self.spec, torch.bmm(gradients.transpose(1, 2), patches))
+        n, positions, _ = gradients.shape
+        gradients = gradients.reshape(n, positions, self.n_groups, -1)
+        patches = channels_first(self.spec, patches).reshape(n, positions, self.n_groups, -1)
+        return torch.einsum("npgt,npgd->ngtd", gradients, patches).flatten(1, 2)
+
+    def _chunk_size(self, inputs: Tensor) -> int:
+        return max(1, CHUNK_NUMBERS // max(1, inputs[0].numel() * count_taps(self.spec)))
+
+    def result(self, name: str, n_examples: int) -> LayerStatistics:
+        covariance, mean = self._input_moments(name, n_examples)
+        if self.n_gradient_positions == 0:
+            return LayerStatistics(input_covariance=covariance, input_mean=mean)
+        outer = self.outer / self.n_gradient_positions
+        _check_finite(outer, f"layer {name!r}: the gradients of the loss")
+        kept = self.n_gradient_rows if self.by_example else 0
+        return LayerStatistics(
+            input_covariance=covariance,
+            input_mean=mean,
+            output_gradient_covariance=outer,
+            weight_gradients=self.weight_gradients[:kept] if kept else None,
+            bias_gradients=self.bias_gradients[:kept] if kept else None,
+        )
+
+    def _input_moments(self, name: str, n_examples: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.moment is None:
+            return None, None
+        if self.n_positions == 0:
+            raise StudyError(f"layer {name!r} never runs on the calibration data; leave it out with Space(skip=[...])")
+        mean = channels_first(self.spec, self.total) / self.n_positions
+        moment = channels_first(self.spec, channels_first(self.spec, self.moment).T)
+        covariance = (moment - self.n_positions * torch.outer(mean, mean)) / n_examples
+        _check_finite(covariance, f"layer {name!r}: its inputs on the calibration data")
+        return covariance, mean
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not bool(values.isfinite().all()):
+        raise StudyError(f"{what} are not all finite numbers; look for inf or nan in the data and the weights")

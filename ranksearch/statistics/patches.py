@@ -1,0 +1,81 @@
+"""The rows that a layer's weight multiplies: what im2col gives for a convolution."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ranksearch.layers import ConvSpec, LayerSpec
+
+
+def input_patches(spec: LayerSpec, inputs: Tensor) -> Tensor:
+    """The inputs of every output position, (N, positions, D), where D runs as `weight.flatten(1)` does.
+
+    `inputs` is (N, ..., in_features) for a linear layer and (N, C, H, W) for a convolution. With groups D counts
+    the taps of all input channels, one group after the other.
+    """
+    return channels_first(spec, tap_patches(spec, inputs))
+
+
+def tap_patches(spec: LayerSpec, inputs: Tensor) -> Tensor:
+    """As `input_patches`, but D runs over taps, then channels: whole pixels are copied, several times as fast."""
+    if not isinstance(spec, ConvSpec):
+        return inputs.reshape(inputs.shape[0], -1, spec.in_features)
+    pixels = _padded(spec, inputs)
+    (rows, columns), (row_step, column_step) = spec.kernel_size, spec.dilation
+    height = (pixels.shape[1] - row_step * (rows - 1) - 1) // spec.stride[0] + 1
+    width = (pixels.shape[2] - column_step * (columns - 1) - 1) // spec.stride[1] + 1
+    n, h, w, c = pixels.stride()
+    windows = pixels.as_strided(
+        (len(pixels), height, width, rows, columns, pixels.shape[3]),
+        (n, h * spec.stride[0], w * spec.stride[1], h * row_step, w * column_step, c),
+    )
+    return windows.reshape(len(pixels), height * width, -1)
+
+
+def channels_first(spec: LayerSpec, columns: Tensor) -> Tensor:
+    """The last dimension put from taps, then channels, into the order of `weight.flatten(1)`."""
+    n_taps = count_taps(spec)
+    if n_taps == 1:
+        return columns
+    order = torch.arange(columns.shape[-1], device=columns.device).reshape(n_taps, -1).T.flatten()
+    return columns.index_select(-1, order)
+
+
+def output_rows(spec: LayerSpec, outputs: Tensor) -> Tensor:
+    """A layer's outputs (or their gradients) by position, (N, positions, T)."""
+    if isinstance(spec, ConvSpec):
+        return outputs.flatten(2).transpose(1, 2)
+    return outputs.reshape(outputs.shape[0], -1, spec.out_features)
+
+
+def count_taps(spec: LayerSpec) -> int:
+    """The pixels under a convolution's kernel; one for a linear layer."""
+    return math.prod(spec.kernel_size) if isinstance(spec, ConvSpec) else 1
+
+
+def _padded(spec: ConvSpec, inputs: Tensor) -> Tensor:
+    """The padded images with channels last, (N, H, W, C)."""
+    padding = _padding(spec)
+    if spec.padding_mode == "zeros" and any(padding):
+        left, right, top, bottom = padding
+        n, channels, height, width = inputs.shape
+        # One copy that pads and turns: F.pad on a turned tensor takes several times as long.
+        pixels = inputs.new_zeros(n, top + height + bottom, left + width + right, channels)
+        pixels[:, top : top + height, left : left + width] = inputs.permute(0, 2, 3, 1)
+        return pixels
+    if not any(padding):
+        return inputs.permute(0, 2, 3, 1).contiguous()
+    return F.pad(inputs, padding, mode=spec.padding_mode).permute(0, 2, 3, 1).contiguous()
+
+
+def _padding(spec: ConvSpec) -> tuple[int, int, int, int]:
+    """Pixels to add at the left, right, top and bottom."""
+    if spec.padding == "valid":
+        return (0, 0, 0, 0)
+    if isinstance(spec.padding, str):
+        # "same", as torch splits it: the odd pixel goes to the right and to the bottom.
+        rows, columns = (d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True))
+        return (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return (spec.padding[1], spec.padding[1], spec.padding[0], spec.padding[0])

@@ -1,0 +1,174 @@
+"""Where runs are kept: tracking URIs, experiments, and the run of a study."""
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ranksearch.errors import StudyError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+PREFIX = "ranksearch."
+PARENT_TAG = "mlflow.parentRunId"
+PAGE_SIZE = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyRun:
+    """Where a study's run is: the store, the experiment, the run."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+
+
+def is_remote(tracking_uri: str) -> bool:
+    """Whether a server that is already running keeps the runs."""
+    return tracking_uri.startswith(("http://", "https://"))
+
+
+def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
+    """The URI given, else MLFLOW_TRACKING_URI, else mlflow.db in the working directory; SQLite paths made absolute.
+
+    Raises StudyError for a folder of files, which MLflow 3 no longer writes.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    path = sqlite_path(uri)
+    if path is not None:
+        return f"sqlite:///{path}"
+    if uri.startswith("file:") or "://" not in uri:
+        raise StudyError(
+            f"tracking URI {uri!r} is a folder of files, which MLflow 3 no longer writes; "
+            "use sqlite:///mlflow.db or the http(s) address of a server"
+        )
+    return uri
+
+
+def sqlite_path(tracking_uri: str) -> Path | None:
+    """The absolute path of an SQLite store's file; None for other stores."""
+    match = re.fullmatch(r"sqlite:///(.+)", tracking_uri)
+    return Path(match[1]).absolute() if match else None
+
+
+def connect(tracking_uri: str) -> "MlflowClient":
+    """A client of the store, quiet and without telemetry; an SQLite store's folder is made where it is missing.
+
+    Raises StudyError where the store cannot be opened.
+    """
+    quiet_mlflow()
+    path = sqlite_path(tracking_uri)
+    # What MLflow's own imports and mappers warn of is not for the user of this package.
+    with warnings.catch_warnings(action="ignore"):
+        from mlflow import MlflowClient
+
+        with explained(tracking_uri):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            return MlflowClient(tracking_uri=tracking_uri)
+
+
+def quiet_mlflow() -> None:
+    """Switches off MLflow's telemetry and chatter in this process, unless the environment says otherwise.
+
+    A server that does not answer is given up after two retries: a study must not wait minutes for its log.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def store_failures() -> tuple[type[Exception], ...]:
+    """What is raised where a store does not answer or cannot be read: MLflow lets some of SQLAlchemy's through."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextmanager
+def explained(tracking_uri: str) -> Iterator[None]:
+    """Turns a failure of the store into a StudyError that names it."""
+    try:
+        yield
+    except store_failures() as error:
+        reason = first_line(error)
+        raise StudyError(f"MLflow at {tracking_uri} cannot be used: {reason}; give another --tracking-uri") from error
+
+
+def open_experiment(client: "MlflowClient", tracking_uri: str, name: str) -> str:
+    """The experiment's id; made where it is missing, brought back where it was deleted.
+
+    The artifacts of an SQLite store lie beside its file, whatever the working directory.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+    path = sqlite_path(tracking_uri)
+    location = None
+    if path is not None:
+        location = (path.parent / "mlruns" / re.sub(r"[^\w.\-]", "_", name)).as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def experiment_name(experiment: str | None, study_name: str) -> str:
+    """The experiment given, else MLFLOW_EXPERIMENT_NAME, else one named like the study."""
+    return experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or study_name
+
+
+def find_parent(client: "MlflowClient", experiment_id: str, study_name: str, identity: str | None) -> str | None:
+    """The newest run of the study (of this very `identity`, where given); None where there is none."""
+    wanted = {"kind": "study", "study": study_name} | ({"identity": identity} if identity else {})
+    text = " and ".join(f"tags.`{PREFIX}{key}` = '{value}'" for key, value in wanted.items())
+    runs = client.search_runs([experiment_id], text, max_results=1, order_by=["attributes.start_time DESC"])
+    return str(runs[0].info.run_id) if runs else None
+
+
+def find_study(
+    tracking_uri: str | None, experiment: str | None, study_name: str, identity: str | None = None
+) -> StudyRun:
+    """Where a study's run is, without writing anything. Raises StudyError where there is none."""
+    uri = resolve_tracking_uri(tracking_uri)
+    path = sqlite_path(uri)
+    name = experiment_name(experiment, study_name)
+    missing = f"no run of study {study_name!r} in experiment {name!r} of {uri}; run the study, or give --tracking-uri"
+    if path is not None and not path.is_file():
+        raise StudyError(f"there is {missing}")
+    client = connect(uri)
+    with explained(uri):
+        found = client.get_experiment_by_name(name)
+        run_id = find_parent(client, found.experiment_id, study_name, identity) if found else None
+    if found is None or run_id is None:
+        raise StudyError(f"there is {missing}")
+    return StudyRun(tracking_uri=uri, experiment_id=str(found.experiment_id), run_id=run_id)
+
+
+def child_runs(client: "MlflowClient", experiment_id: str, parent_run_id: str) -> "list[Run]":
+    """All runs below the study's run."""
+    text = f"tags.`{PARENT_TAG}` = '{parent_run_id}'"
+    runs: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], text, max_results=PAGE_SIZE, page_token=token)
+        runs.extend(page)
+        token = page.token
+        if not token:
+            return runs

@@ -1,0 +1,51 @@
+"""What a trial of a study costs, from one plan taken through every stage with two steps of fine-tuning."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ranksearch.controls import control_plans
+from ranksearch.evaluation import Evaluator
+from ranksearch.recovery import count_steps
+from ranksearch.run import dense_latency
+from ranksearch.spec import StudySpec
+from ranksearch.workbench import open_workbench
+
+N_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialCost:
+    """The dense model's figures, what is skipped and why, and the seconds of a trial."""
+
+    dense_score: float
+    n_validation: int
+    dense_latency_ms: float
+    noise_floor: float
+    n_layers: int
+    skipped: Mapping[str, str]
+    trial_s: float
+    fine_tuning_s: float
+
+
+def estimate(study: StudySpec) -> TrialCost:
+    """Takes the last of the controls through every stage, and reckons with the study's own number of steps."""
+    short = dataclasses.replace(study, recovery=dataclasses.replace(study.recovery, steps=N_STEPS))
+    bench = open_workbench(short)
+    latency_ms, noise_floor = dense_latency(bench)
+    evaluator = Evaluator(bench=bench, factorisations=bench.factorisations(), dense_latency_ms=latency_ms)
+    _, plan = control_plans(bench)[-1]
+    seconds = evaluator.evaluate(plan).seconds
+    per_step = seconds.get("fine_tune", 0.0) / N_STEPS
+    fine_tuning_s = per_step * count_steps(bench.train, study.recovery)
+    others = sum(duration for step, duration in seconds.items() if step != "fine_tune")
+    return TrialCost(
+        dense_score=bench.dense.scores.value,
+        n_validation=bench.dense.scores.n_examples,
+        dense_latency_ms=latency_ms,
+        noise_floor=noise_floor,
+        n_layers=len(bench.found.layers),
+        skipped=bench.found.skipped,
+        trial_s=others + fine_tuning_s,
+        fine_tuning_s=fine_tuning_s,
+    )

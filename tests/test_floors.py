@@ -1,0 +1,133 @@
+"""The house: imports go down, heavy libraries stay in their rooms, no function bears a module's name."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ranksearch"
+
+# A room is a top-level module or package. A new one gets its floor here, in the same change; a room between two
+# floors of the design stands on a landing (a half).
+FLOORS: dict[str, float] = {
+    "errors": 0, "intervals": 0, "pareto": 0, "retention": 0,
+    "cache": 1, "figures": 1, "layers": 1, "plan": 1, "spec": 1, "surgery": 1, "trees": 1,
+    "candidates": 2, "decompositions": 2, "home": 2, "quantization": 2, "scoring": 2, "statistics": 2,
+    "refit": 2.5,
+    "compression": 3, "runtimes": 3,
+    "latency": 4, "recovery": 4, "workbench": 4,
+    "identity": 5, "profiling": 5,
+    "evaluation": 6, "report": 6,
+    "executors": 7, "export": 7, "optimization": 7, "remeasure": 7,
+    "controls": 8, "results": 8, "tracking": 8, "verification": 8,
+    "search_result": 8.5,
+    "run": 9,
+    "trial_cost": 9.5,
+    "adapters": 10, "cli": 10, "testing": 10,
+}  # fmt: skip
+
+LIBRARY_ROOMS: dict[str, set[str]] = {
+    "matplotlib": {"figures"},
+    "mlflow": {"tracking"},
+    "nncf": {"runtimes"},
+    "onnx": {"runtimes"},
+    "onnxruntime": {"runtimes"},
+    "openvino": {"runtimes"},
+    "optuna": {"optimization"},
+    "pandas": {"run", "search_result"},
+    "plotly": {"figures"},
+    "ray": {"executors"},
+    "rich": {"cli"},
+    "sklearn": set(),
+    "tensorly": {"decompositions"},
+    "torchao": {"runtimes"},
+    "typer": {"cli"},
+}
+
+# Reading commands and study scripts must not wait for torch.
+WITHOUT_TORCH = {
+    "cache",
+    "candidates",
+    "cli",
+    "errors",
+    "figures",
+    "home",
+    "pareto",
+    "plan",
+    "report",
+    "spec",
+    "tracking",
+}
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def dotted(path: Path) -> tuple[str, ...]:
+    """`ranksearch/statistics/patches.py` as ("statistics", "patches"); a package's `__init__` as the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Every (line, dotted name) that a file imports, inside functions too; `from a import b` as `a.b`."""
+    is_package = path.name == "__init__.py"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ("ranksearch", *dotted(path)) if is_package else ("ranksearch", *dotted(path)[:-1])
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            origin = ".".join(part for part in (base, node.module) if part)
+            yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
+
+
+def names(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names)
+def test_imports_only_from_lower_floors(path: Path) -> None:
+    room = dotted(path)[0]
+    assert room in FLOORS, f"give {room!r} a floor in tests/test_floors.py"
+    for line, name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "ranksearch" or parts[1] in (room, "__version__"):
+            continue
+        assert parts[1] in FLOORS, f"{names(path)}:{line} imports {name}: import it from the module that defines it"
+        assert FLOORS[parts[1]] < FLOORS[room], (
+            f"{names(path)}:{line} (floor {FLOORS[room]}) imports {name} (floor {FLOORS[parts[1]]})"
+        )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names)
+def test_libraries_stay_in_their_rooms(path: Path) -> None:
+    room = dotted(path)[0]
+    for line, name in imported(path):
+        library = name.split(".")[0]
+        assert room in LIBRARY_ROOMS.get(library, {room}), f"{names(path)}:{line} imports {library}"
+        assert library != "torch" or room not in WITHOUT_TORCH, f"{names(path)}:{line} imports torch"
+
+
+@pytest.mark.parametrize("path", [PACKAGE / "__init__.py", *MODULES], ids=names)
+def test_nothing_imports_studies(path: Path) -> None:
+    assert not [line for line, name in imported(path) if name.split(".")[0] == "studies" or "_studies" in name]
+
+
+def test_no_public_function_bears_a_modules_name() -> None:
+    stems = {name for path in MODULES for name in dotted(path)}
+    clashes = [
+        f"{names(path)}:{node.lineno} {node.name}"
+        for path in MODULES
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in stems
+    ]
+    assert not clashes, "a function and a module of one name: importing one hides the other"
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    eager = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in eager}
+    assert modules <= {"importlib", "typing"}

@@ -1,0 +1,223 @@
+"""Eight bits: the arithmetic, the modules, the ranges, the packed state."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ranksearch.errors import PlanError, StudyError
+from ranksearch.quantization import (
+    activation_quantizers,
+    freeze,
+    load_packed,
+    observe_ranges,
+    packed_state,
+    quantize_module,
+    rescale_weights,
+    weight_codes,
+    weight_scale,
+)
+from ranksearch.quantization.formats import affine_range, affine_step
+from ranksearch.quantization.modules import quantized_weight
+from ranksearch.quantization.ranges import RunningHistogram
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 5), (3, 6)),
+    "no_bias": (lambda: nn.Linear(6, 5, bias=False), (3, 6)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 7, 7)),
+    "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2, dilation=2), (2, 4, 9, 9)),
+    "same": (lambda: nn.Conv2d(4, 6, (3, 5), padding="same"), (2, 4, 7, 7)),
+    "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), (2, 4, 7, 7)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _chain() -> nn.Sequential:
+    float_chain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    float_chain[0] = quantize_module(float_chain[0])
+    float_chain[4] = quantize_module(float_chain[4])
+    return float_chain.eval()
+
+
+@pytest.mark.parametrize("limit", [64, 127])
+@pytest.mark.parametrize("name", LAYERS)
+def test_quantized_layer_is_near_the_float_layer(name: str, limit: int) -> None:
+    make, shape = LAYERS[name]
+    layer, inputs = make(), torch.randn(shape)
+    quantized = quantize_module(layer, limit)
+    observe_ranges(quantized, [inputs])
+    difference = (quantized(inputs) - layer(inputs)).norm() / layer(inputs).norm()
+    assert 0 < difference < 0.05
+    assert int(weight_codes(quantized.weight, quantized.weight_scale, limit).abs().max()) <= limit
+
+
+def test_other_modules_are_refused() -> None:
+    with pytest.raises(TypeError, match="BatchNorm2d cannot be quantized"):
+        quantize_module(nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="weight_limit"):
+        quantize_module(nn.Linear(2, 2), 128)
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([64, 127]))
+@settings(max_examples=40, deadline=None)
+def test_weight_scale_is_no_worse_than_the_largest_weight(rows: int, columns: int, seed: int, limit: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) ** 3
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        return (weight_codes(weight, scale, limit).float() * scale[:, None] - weight).square().sum(1)
+
+    scale = weight_scale(weight, limit)
+    assert scale.shape == (rows,)
+    assert bool((error(scale) <= error(weight.abs().amax(1) / limit) * 1.001 + 1e-12).all())
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 4), torch.tensor([[0.0, 0.0], [1e-38, 0.0], [1.0, 2.0]])])
+def test_channels_of_zeros_keep_a_usable_step(weight: torch.Tensor) -> None:
+    assert float(weight_scale(weight).min()) > 1e-4
+
+
+@given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
+def test_affine_range_covers_what_was_asked_and_zero(first: float, second: float) -> None:
+    low, high = sorted((first, second))
+    step, zero_point = affine_step(low, high)
+    covered_low, covered_high = affine_range(step, zero_point)
+    assert step > 0
+    assert 0 <= zero_point <= 255
+    assert covered_low <= max(low, 0) + step
+    assert covered_high >= min(high, 0) - step
+    assert covered_low <= min(low, 0.0) + step
+    assert covered_high >= max(high, 0.0) - step
+
+
+def test_gradients_pass_straight_through() -> None:
+    layer = quantize_module(nn.Linear(4, 3), weight_limit=64)
+    inputs = torch.rand(5, 4, requires_grad=True)
+    layer(inputs).sum().backward()
+    assert layer.weight.grad is not None
+    assert inputs.grad is not None
+    torch.testing.assert_close(inputs.grad, quantized_weight(layer).sum(0).expand(5, 4))
+    steps = int((layer.weight.grad.abs() > 0).sum())
+    assert steps >= 8  # all but weights that were clipped
+
+
+@given(st.integers(0, 2**31), st.sampled_from(list(LAYERS)), st.sampled_from([64, 127]))
+@settings(max_examples=30, deadline=None)
+def test_freezing_changes_no_output(seed: int, name: str, limit: int) -> None:
+    torch.manual_seed(seed)
+    make, shape = LAYERS[name]
+    layer, inputs = quantize_module(make(), limit), torch.rand(shape)
+    before = layer(inputs)
+    freeze(layer)
+    assert torch.equal(layer(inputs), before)
+
+
+def test_packed_state_gives_back_the_outputs_to_the_bit() -> None:
+    model, inputs = _chain(), torch.randn(3, 1, 8, 8)
+    observe_ranges(model, [inputs])
+    freeze(model)
+    state = packed_state(model)
+    assert state["0.weight"].dtype == torch.int8
+    assert state["4.weight_scale"].dtype == torch.float32
+    assert not any("weight_zero_point" in name for name in state)
+    other = _chain()
+    load_packed(other, state)
+    assert torch.equal(other(inputs), model(inputs))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in packed_state(other).items())
+
+
+def test_packed_state_of_a_root_layer() -> None:
+    layer = quantize_module(nn.Linear(3, 2))
+    freeze(layer)
+    other = quantize_module(nn.Linear(3, 2))
+    load_packed(other, packed_state(layer))
+    assert torch.equal(other(torch.ones(1, 3)), layer(torch.ones(1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("1.bias"), "1.bias"),
+        (lambda s: s.update(extra=torch.zeros(1)), "extra"),
+        (lambda s: s.update({"0.weight": s["0.weight"].float()}), "'0.weight' is float32; the plan wants int8"),
+        (lambda s: s.pop("0.weight_scale"), "'0.weight_scale' is missing"),
+        (lambda s: s.update({"0.weight": s["0.weight"][:4]}), "0.weight"),
+        (lambda s: s.update({"1.bias": s["1.bias"].to(torch.int8)}), "'1.bias' is int8"),
+    ],
+)
+def test_packed_state_that_does_not_fit_is_refused(change: object, message: str) -> None:
+    state = packed_state(_chain())
+    change(state)  # type: ignore[operator]
+    with pytest.raises(PlanError, match=message.replace(".", r"\.")):
+        load_packed(_chain(), state)
+
+
+def test_observed_ranges_follow_the_data_and_clip_outliers() -> None:
+    model = _chain()
+    torch.manual_seed(1)
+    data = torch.rand(2000, 1, 8, 8)
+    data[0, 0, 0, 0] = 8.0
+    ranges = observe_ranges(model, [data[:1000], data[1000:]])
+    assert set(ranges) == set(activation_quantizers(model)) == {"0.activation", "4.activation"}
+    low, high = ranges["0.activation"]
+    assert low == 0.0
+    assert 1.0 <= high < 7.9
+    assert ranges["4.activation"][0] == 0.0  # after a ReLU nothing is negative
+
+
+def test_signed_inputs_get_a_zero_point() -> None:
+    layer = quantize_module(nn.Linear(16, 2))
+    (low, high) = observe_ranges(layer, [torch.randn(500, 16)])["activation"]
+    assert low < -2
+    assert high > 2
+
+
+def test_observing_leaves_mode_and_quantizers_as_they_were() -> None:
+    model = _chain().train()
+    statistics = model[1].running_mean.clone()
+    observe_ranges(model, [torch.randn(4, 1, 8, 8)])
+    assert model.training
+    assert torch.equal(model[1].running_mean, statistics)
+    assert all(quantizer.observe is None for quantizer in activation_quantizers(model).values())
+
+
+@pytest.mark.parametrize(("batches", "message"), [([], "saw no data"), ([torch.full((1, 3), torch.nan)], "finite")])
+def test_useless_data_is_an_error_that_names_the_quantizer(batches: list[torch.Tensor], message: str) -> None:
+    with pytest.raises(StudyError, match=f"'activation'.*{message}"):
+        observe_ranges(quantize_module(nn.Linear(3, 2)), batches)
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=50), st.integers(1, 5))
+@settings(deadline=None)
+def test_running_histogram_counts_every_value_once(values: list[float], n_batches: int) -> None:
+    histogram = RunningHistogram()
+    for part in np.array_split(np.array(values, dtype=np.float32), n_batches):
+        if len(part):
+            histogram.add(torch.from_numpy(part))
+    assert histogram.counts.sum() == len(values)
+    assert histogram.low == min(np.float32(values))
+    assert histogram.high == max(np.float32(values))
+
+
+def test_rescale_follows_a_changed_weight() -> None:
+    layer = quantize_module(nn.Linear(8, 4))
+    before = layer.weight_scale.clone()
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    rescale_weights(layer)
+    torch.testing.assert_close(layer.weight_scale, 3 * before)
+
+
+def test_quantizing_copies_and_deepcopy_works() -> None:
+    layer = nn.Linear(3, 2)
+    quantized = copy.deepcopy(quantize_module(layer))
+    with torch.no_grad():
+        quantized.weight.zero_()
+    assert bool((layer.weight != 0).all())

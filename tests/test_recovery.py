@@ -1,0 +1,262 @@
+"""BatchNorm re-estimation and fine-tuning, on scikit-learn's digits."""
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from ranksearch.errors import StudyError
+from ranksearch.layers import call_model, evaluating
+from ranksearch.recovery import diverged, fine_tune, reestimate_batchnorm
+from ranksearch.recovery.budget import count_steps, one_cycle
+from ranksearch.recovery.distillation import distillation_loss
+from ranksearch.scoring import output_distance, score_model, top1
+from ranksearch.spec import Recovery
+
+
+class FakeQuantizedConv(nn.Module):
+    """A convolution in 8 bits, as the search would put it in place of a float one."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("scale", layer.weight.detach().abs().amax((1, 2, 3)) / 127)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = torch.fake_quantize_per_tensor_affine(inputs, 0.02, 128, 0, 255)
+        zeros = torch.zeros(len(self.scale), dtype=torch.int32)
+        weight = torch.fake_quantize_per_channel_affine(self.layer.weight, self.scale, zeros, 0, -127, 127)
+        return F.conv2d(inputs, weight, self.layer.bias, padding=self.layer.padding)
+
+
+class Shuffled:
+    """Batches in a new order at every pass, from torch's global random numbers."""
+
+    def __init__(self, images: Tensor, labels: Tensor, size: int) -> None:
+        self.images, self.labels, self.size = images, labels, size
+
+    def __iter__(self):
+        for rows in torch.randperm(len(self.images)).split(self.size):
+            yield self.images[rows], self.labels[rows]
+
+
+@functools.cache
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+
+
+def train_batches() -> Shuffled:
+    images, labels = digits()
+    return Shuffled(images[:1200], labels[:1200], 100)
+
+
+def test_batches() -> list[tuple[Tensor, Tensor]]:
+    images, labels = digits()
+    return list(zip(images[1200:].split(200), labels[1200:].split(200), strict=True))
+
+
+test_batches.__test__ = False
+
+
+@functools.cache
+def trained() -> nn.Sequential:
+    """A small network, trained by `fine_tune` itself with an untrained teacher of constant outputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(64, 10),
+        )
+    fine_tune(model, copy.deepcopy(model), train_batches(), F.cross_entropy, recovery(80, 0.2), seed=0)
+    return model.eval()
+
+
+def recovery(steps: int, learning_rate: float = 0.05) -> Recovery:
+    return Recovery(steps=steps, learning_rate=learning_rate)
+
+
+def damaged() -> nn.Sequential:
+    """The network with noise on its weights."""
+    model = copy.deepcopy(trained())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for index in (0, 4, 10):
+            weight = model[index].weight
+            weight += weight.std() * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def distance(model: nn.Module) -> float:
+    images = digits()[0][1200:]
+    with evaluating(model), evaluating(trained()):
+        return output_distance(call_model(model, images), call_model(trained(), images), F.cross_entropy)
+
+
+def accuracy(model: nn.Module) -> float:
+    return score_model(model, test_batches(), top1).value
+
+
+def tune(model: nn.Module, steps: int = 30, **options) -> list[float]:
+    loss = options.pop("loss", F.cross_entropy)
+    batches = options.pop("batches", None) or train_batches()
+    return fine_tune(model, trained(), batches, loss, recovery(steps), seed=options.pop("seed", 0), **options)
+
+
+def test_fine_tuning_recovers_a_damaged_network():
+    model = damaged()
+    before, start = distance(model), accuracy(model)
+    seen = []
+    losses = tune(model, on_step=lambda *step: seen.append(step))
+    assert len(losses) == 30 and not diverged(losses)
+    assert seen == [(i + 1, 30, loss) for i, loss in enumerate(losses)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert distance(model) < 0.3 * before and accuracy(model) > start
+    assert not model.training and all(p.is_contiguous() and p.grad is None for p in model.parameters())
+
+
+def test_fine_tuning_depends_on_the_seed_alone():
+    models = [damaged() for _ in range(3)]
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    losses = [tune(models[0], 6), tune(models[1], 6)]
+    assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers go on undisturbed"
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models[:2]), strict=True))
+    assert tune(models[2], 6, seed=1) != losses[0]
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_brings_the_best_weights_back(bad, caplog):
+    calls = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(None)
+        return F.cross_entropy(outputs, targets) * (bad if len(calls) == 20 else 1.0)
+
+    model = damaged()
+    start = distance(model)
+    losses = tune(model, loss=loss)
+    assert len(losses) == 20 and diverged(losses)
+    assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
+    assert distance(model) < start, "the best weights of the first steps, not the damaged ones"
+    assert "diverged at step 20 of 30" in caplog.text
+
+
+def test_an_infinite_loss_at_the_first_step_leaves_the_model_as_it_was():
+    model = damaged()
+    before = copy.deepcopy(model.state_dict())
+    losses = tune(model, loss=lambda outputs, targets: outputs.sum() * math.inf)
+    assert len(losses) == 1 and diverged(losses)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_gradients_that_are_not_finite_and_learning_rates_too_high():
+    model = damaged()
+    losses = tune(model, loss=lambda o, t: F.cross_entropy(o, t) + (o - o.detach()).abs().sqrt().sum())
+    assert diverged(losses) and len(losses) == 1  # the root has no slope at zero
+    wild = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 10))
+    batches, rate = train_batches(), Recovery(steps=60, learning_rate=1e6)
+    assert diverged(fine_tune(wild, copy.deepcopy(wild), batches, F.cross_entropy, rate, seed=0))
+    assert all(bool(p.isfinite().all()) for p in wild.parameters())
+
+
+def test_gradients_go_straight_through_quantizers():
+    model = damaged()
+    model[4] = FakeQuantizedConv(model[4])
+    before, weight = distance(model), model[4].layer.weight.clone()
+    losses = tune(model)
+    assert not diverged(losses) and distance(model) < 0.5 * before
+    assert not torch.equal(model[4].layer.weight, weight)
+
+
+def test_values_are_distilled_too():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    model = copy.deepcopy(dense)
+    nn.init.normal_(model[1].weight, std=0.2)
+    batches = [(images, dense(images).detach()) for images, _ in test_batches()]
+    losses = fine_tune(model, dense, batches, F.mse_loss, recovery(60), seed=0, autocast=True)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_budgets():
+    batches = test_batches()
+    assert count_steps(batches, Recovery(epochs=0.5)) == round(len(batches) / 2)
+    assert count_steps(iter(batches), Recovery(epochs=2)) == 2 * len(batches)
+    assert count_steps(batches, Recovery(epochs=0.001)) == 1
+    assert count_steps(batches, Recovery(epochs=5, steps=3)) == 3
+    model, asked = damaged(), iter([False, False, True])
+    assert len(tune(model, should_stop=lambda: next(asked))) == 2
+    assert fine_tune(model, trained(), batches, F.cross_entropy, Recovery(epochs=0), seed=0) == []
+    with pytest.raises(StudyError, match=r"nothing after 3 of 30 batches"):
+        tune(model, batches=iter(batches))
+    with pytest.raises(StudyError, match="no parameter that requires a gradient"):
+        tune(model.requires_grad_(False))
+
+
+def test_the_learning_rate_makes_one_cycle():
+    rates = [one_cycle(step, 50) for step in range(50)]
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(1) and 8 <= top <= 12
+    assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01) and 0 < one_cycle(0, 1) <= 1
+
+
+def test_distillation_is_zero_at_the_teacher():
+    logits = torch.randn(8, 5, requires_grad=True)
+    assert float(distillation_loss(logits, logits.detach(), F.cross_entropy).detach()) == pytest.approx(0, abs=1e-6)
+    assert float(distillation_loss(logits, logits.detach() + 1, F.mse_loss).detach()) > 0
+
+
+def test_the_teacher_may_be_the_student():
+    model = damaged()
+    assert not diverged(fine_tune(model, model, train_batches(), F.cross_entropy, recovery(2), seed=0))
+
+
+def test_batches_of_one_example():
+    images, labels = digits()
+    batches = list(zip(images[:3].split(1), labels[:3].split(1), strict=True))
+    assert len(tune(damaged(), 3, batches=batches)) == 3
+
+
+def wrong_norms() -> nn.Sequential:
+    model = copy.deepcopy(trained())
+    model[1].running_mean += 1
+    model[5].running_var *= 4
+    return model
+
+
+def test_batchnorm_is_estimated_anew_where_that_is_better():
+    model, dense = wrong_norms(), trained()
+    before, weights = distance(model), [p.clone() for p in model.parameters()]
+    assert reestimate_batchnorm(model, train_batches(), dense, test_batches(), F.cross_entropy)
+    assert distance(model) < 0.2 * before
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert not model.training and model[1].momentum == 0.1
+    again = wrong_norms()
+    reestimate_batchnorm(again, train_batches(), dense, test_batches(), F.cross_entropy)
+    assert torch.equal(again[1].running_mean, model[1].running_mean), "the order is that of the seed"
+
+
+def test_batchnorm_stays_where_new_statistics_are_worse():
+    model = copy.deepcopy(trained())
+    before = copy.deepcopy(model.state_dict())
+    noise = [(torch.randn(100, 1, 8, 8), None) for _ in range(3)]
+    assert not reestimate_batchnorm(model, noise, trained(), test_batches(), F.cross_entropy)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not reestimate_batchnorm(nn.Linear(2, 2), noise, trained(), test_batches(), F.cross_entropy)

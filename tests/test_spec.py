@@ -1,0 +1,178 @@
+"""Goals in the user's words, and study scripts that do not load."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranksearch.errors import StudyError
+from ranksearch.spec import (
+    CorpusScore,
+    Goals,
+    Limit,
+    Recovery,
+    Space,
+    StudySpec,
+    corpus_score,
+    load_study,
+    parse_drop,
+    parse_latency,
+    parse_size,
+)
+
+SCRIPT = """
+import ranksearch.spec as rs
+
+def unused(*_): ...
+
+study = rs.StudySpec(name="tiny", model=unused, data=unused, loss=unused, score=unused)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+
+    def write(text: str) -> Path:
+        file = tmp_path / "my_study.py"
+        file.write_text(text)
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value", "kind"),
+    [
+        (parse_drop, "1%", 0.01, "absolute"),
+        (parse_drop, " 0.5 % ", 0.005, "absolute"),
+        (parse_drop, "2%rel", 0.02, "relative"),
+        (parse_drop, "0.03", 0.03, "absolute"),
+        (parse_drop, 0.03, 0.03, "absolute"),
+        (parse_drop, 0, 0.0, "absolute"),
+        (parse_latency, "5ms", 5.0, "ms"),
+        (parse_latency, "250us", 0.25, "ms"),
+        (parse_latency, "1.5 s", 1500.0, "ms"),
+        (parse_latency, ".5x", 0.5, "ratio"),
+        (parse_size, "2MB", 2e6, "bytes"),
+        (parse_size, "2MiB", 2 * 2**20, "bytes"),
+        (parse_size, "100 kB", 1e5, "bytes"),
+        (parse_size, "25%", 0.25, "ratio"),
+        (parse_size, "0.25x", 0.25, "ratio"),
+    ],
+)
+def test_goals_are_read(parse: Callable[[Any], Limit], text: str | float, value: float, kind: str) -> None:
+    limit = parse(text)
+    assert limit.value == pytest.approx(value)
+    assert limit.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("goals", "message"),
+    [
+        ({"max_drop": "a little"}, "max_drop 'a little' cannot be read"),
+        ({"max_drop": "-1%"}, "max_drop '-1%'"),
+        ({"max_drop": -0.01}, "from 0 up"),
+        ({"max_drop": math.nan}, "from 0 up"),
+        ({"max_latency": "5"}, "write '5ms' or '0.5x'"),
+        ({"max_latency": 5}, "max_latency 5"),
+        ({"max_latency": "5 MB"}, "max_latency"),
+        ({"max_size": "2"}, "write '2MB' or '25%'"),
+        ({"max_size": "2mb"}, "max_size '2mb'"),
+    ],
+)
+def test_goals_that_cannot_be_read_say_how_to_write_them(goals: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        Goals(**goals)
+
+
+def test_limits_by_objective_resolve_against_dense() -> None:
+    limits = Goals(max_drop="1%rel", max_latency="0.5x", max_size="2MB").limits()
+    assert limits["drop"].resolve(0.9) == pytest.approx(0.009)
+    assert limits["latency"].resolve(8.0) == pytest.approx(4.0)
+    assert limits["bytes"].resolve(1e7) == pytest.approx(2e6)
+    assert Goals().limits() == {}
+    assert list(Goals(max_size="25%").limits()) == ["bytes"]
+
+
+def test_lists_become_tuples_and_a_bare_string_is_refused() -> None:
+    assert Space(skip=["conv1"]).skip == ("conv1",)  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match=r"write \['conv1'\]"):
+        Space(skip="conv1")  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match="rank_multiple is 0"):
+        Space(rank_multiple=0)
+
+
+@pytest.mark.parametrize("settings", [{"epochs": -1.0}, {"steps": -1}, {"learning_rate": 0.0}])
+def test_recovery_refuses_senseless_budgets(settings: dict[str, Any]) -> None:
+    with pytest.raises(StudyError, match="budgets must not be negative"):
+        Recovery(**settings)
+
+
+def study_with(**changes: Any) -> StudySpec:
+    def unused(*_: Any) -> Any: ...
+
+    return StudySpec(**{"name": "s", "model": unused, "data": unused, "loss": unused, "score": unused, **changes})
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../up", " leading"])
+def test_study_names_must_be_fit_for_files(name: str) -> None:
+    with pytest.raises(StudyError, match="study name"):
+        study_with(name=name)
+
+
+@pytest.mark.parametrize("objectives", [("drop",), ("drop", "speed"), ("drop", "drop"), ()])
+def test_objectives_are_two_or_three_known_ones(objectives: tuple[str, ...]) -> None:
+    with pytest.raises(StudyError, match="two or three"):
+        study_with(objectives=objectives)
+
+
+def test_a_study_with_defaults() -> None:
+    study = study_with(objectives=["drop", "latency"], name="ResNet-20 v1.0")
+    assert study.objectives == ("drop", "latency")
+    assert study.target.runtime == "openvino"
+
+
+def test_a_score_may_be_of_the_corpus() -> None:
+    score = corpus_score(lambda outputs, targets: 0.5)
+    assert isinstance(score, CorpusScore)
+    assert score.function(None, None) == 0.5
+
+
+def test_a_script_gives_its_study(script: Callable[[str], Path]) -> None:
+    assert load_study(script(SCRIPT)).name == "tiny"
+
+
+def test_a_script_may_import_its_neighbours_even_late(script: Callable[[str], Path]) -> None:
+    late = "def model():\n    import my_neighbour\n    return my_neighbour.VALUE\n"
+    file = script(SCRIPT.replace("def unused", late + "def unused").replace("model=unused", "model=model"))
+    (file.parent / "my_neighbour.py").write_text("VALUE = 7\n")
+    assert load_study(file).model() == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n", "no `study`"),
+        ("study = 3\n", "`study` is a int"),
+        ("x = 1\ny = 1 / 0\n", r"line 2: ZeroDivisionError"),
+        ("x = (\n", r"line 1: SyntaxError"),
+        ("import does_not_exist_at_all\n", "line 1: ModuleNotFoundError"),
+        ("import ranksearch.spec as rs\nrs.Goals(max_size='big')\n", "max_size 'big' cannot be read"),
+    ],
+)
+def test_a_script_that_does_not_load_says_where(script: Callable[[str], Path], text: str, message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        load_study(script(text))
+
+
+def test_a_script_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"there is no study script .*nowhere\.py"):
+        load_study(tmp_path / "nowhere.py")
+    (tmp_path / "study.txt").write_text("")
+    with pytest.raises(StudyError, match="is not a Python file"):
+        load_study(tmp_path / "study.txt")

@@ -1,0 +1,226 @@
+"""The statistics against brute force: autograd per example, and torch's own im2col."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ranksearch.errors import StudyError
+from ranksearch.layers import LayerInfo, compressible_layers, layer_spec
+from ranksearch.scoring import output_distance
+from ranksearch.statistics import LayerStatistics, collect, predicted_loss
+from ranksearch.statistics.calibration import _class_loss
+from ranksearch.statistics.patches import input_patches, output_rows
+
+
+def a_convnet(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, (3, 1), padding="same", padding_mode="circular"),
+        nn.ReLU(),
+        nn.Conv2d(6, 6, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(6 * 2 * 2, 5),
+    ).eval()
+
+
+def batches_of(inputs: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return [(rows, torch.zeros(len(rows), dtype=torch.int64)) for rows in inputs.split(size)]
+
+
+def layers_of(model: nn.Module, example: Any) -> dict[str, LayerInfo]:
+    return dict(compressible_layers(model, example).layers)
+
+
+def gradients_by_autograd(model: nn.Module, name: str, inputs: Tensor, size: int, seed: int) -> Tensor:
+    """dL_n/dW one example at a time, at the labels that `collect` draws batch by batch."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = model.get_submodule(name).get_parameter("weight")
+    gradients = []
+    for rows in inputs.split(size):
+        state = generator.get_state()
+        for i in range(len(rows)):
+            generator.set_state(state)
+            logits = model(rows)
+            only = logits.detach().clone()
+            only[i] = logits[i]
+            gradients.append(torch.autograd.grad(_class_loss(only, generator), weight)[0].flatten(1))
+    return torch.stack(gradients)
+
+
+@given(
+    channels=st.integers(1, 4),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    padding=st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.sampled_from(["same", "valid"])),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    seed=st.integers(0, 10),
+)
+@settings(max_examples=80, deadline=None)
+def test_patches_times_weight_are_the_convolution(channels, kernel, stride, padding, dilation, mode, seed):
+    torch.manual_seed(seed)
+    stride = (1, 1) if padding == "same" else stride
+    layer = nn.Conv2d(
+        channels, 3, kernel, stride=stride, padding=padding, dilation=dilation, padding_mode=mode, bias=False
+    )
+    inputs = torch.randn(2, channels, 7, 8)
+    spec = layer_spec(layer)
+    patches = input_patches(spec, inputs)
+    assert torch.allclose(patches @ layer.weight.flatten(1).T, output_rows(spec, layer(inputs)), atol=1e-5)
+    if isinstance(padding, tuple) and mode == "zeros":
+        unfolded = F.unfold(inputs, kernel, dilation=dilation, padding=padding, stride=stride).transpose(1, 2)
+        assert torch.equal(patches, unfolded)
+
+
+@given(
+    stride=st.integers(1, 3), padding=st.integers(0, 2), dilation=st.integers(1, 2), size=st.sampled_from([3, 4, 10])
+)
+@settings(max_examples=20, deadline=None)
+def test_input_moments_are_those_of_all_patches(stride, padding, dilation, size):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, stride=stride, padding=padding, dilation=dilation))
+    inputs = torch.randn(10, 3, 8, 9) + 0.5
+    statistics = collect(model, layers_of(model, inputs[:1]), batches_of(inputs, size), None)["0"]
+    patches = F.unfold(inputs, 3, dilation=dilation, padding=padding, stride=stride).transpose(1, 2).double()
+    rows = patches.reshape(-1, patches.shape[-1])
+    centred = rows - rows.mean(0)
+    assert torch.allclose(statistics.input_mean, rows.mean(0), atol=1e-6)
+    assert torch.allclose(statistics.input_covariance, centred.T @ centred / 10, atol=1e-4)
+    assert statistics.output_gradient_covariance is None
+
+
+@pytest.mark.parametrize("name", ["0", "3", "5", "7"])
+def test_exact_form_is_brute_force_per_example(name):
+    model, inputs = a_convnet(), torch.randn(11, 2, 8, 8)
+    statistics = collect(model, layers_of(model, inputs[:1]), batches_of(inputs, 4), F.cross_entropy, seed=3)[name]
+    expected = gradients_by_autograd(model, name, inputs, 4, seed=3)
+    assert torch.allclose(statistics.weight_gradients, expected, atol=1e-5)
+    difference = torch.randn_like(model.get_submodule(name).weight)
+    changes = (expected * difference.flatten(1)).sum((1, 2))
+    assert predicted_loss(statistics, difference) == pytest.approx(float(changes.square().mean()) / 2, rel=1e-4)
+
+
+def test_absorbed_mean_is_the_exact_form_with_a_corrected_bias():
+    model, inputs = a_convnet(), torch.randn(11, 2, 8, 8) + 1
+    statistics = collect(model, layers_of(model, inputs[:1]), batches_of(inputs, 11), F.cross_entropy)["7"]
+    difference = torch.randn(5, 24)
+    bias = difference.double() @ statistics.input_mean
+    changes = (statistics.weight_gradients * difference).sum((1, 2)) - statistics.bias_gradients @ bias.float()
+    absorbed = predicted_loss(statistics, difference, mean_absorbed=True)
+    assert absorbed == pytest.approx(float(changes.square().mean()) / 2, rel=1e-4)
+    constant = bias[:, None].float().expand(5, 24)  # of a constant input nothing would be left
+    assert absorbed != predicted_loss(statistics, constant)
+
+
+def test_product_form_agrees_where_inputs_and_gradients_are_independent():
+    torch.manual_seed(0)
+    n, outer, inner = 20000, torch.randn(3, 3), torch.randn(4, 4)
+    gradients, inputs = torch.randn(n, 3) @ outer, torch.randn(n, 4) @ inner
+    statistics = LayerStatistics(
+        input_covariance=(inputs.T @ inputs / n).double(),
+        input_mean=torch.zeros(4, dtype=torch.float64),
+        output_gradient_covariance=(gradients.T @ gradients / n).double(),
+        weight_gradients=torch.einsum("nt,nd->ntd", gradients, inputs),
+        bias_gradients=gradients,
+    )
+    difference = torch.randn(3, 4)
+    product = dataclasses.replace(statistics, weight_gradients=None)
+    assert predicted_loss(product, difference) == pytest.approx(predicted_loss(statistics, difference), rel=0.1)
+
+
+def test_weighted_labels_have_the_second_moment_of_the_softmax():
+    logits = torch.tensor([[3.0, 0.0, -1.0, 0.5]]).repeat(200_000, 1).requires_grad_()
+    (gradients,) = torch.autograd.grad(_class_loss(logits, torch.Generator().manual_seed(0)), logits)
+    p = logits[0].detach().softmax(0)
+    assert torch.allclose(gradients.T @ gradients / len(logits), p.diag() - torch.outer(p, p), atol=2e-3)
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.mse_loss], ids=["classes", "values"])
+def test_predicts_the_measured_distance_of_a_small_change(loss):
+    model, inputs = a_convnet(), torch.randn(2000, 2, 8, 8)
+    layers = layers_of(model, inputs[:1])
+    statistics = collect(model, layers, batches_of(inputs, 500), loss, max_examples=2000, max_gradient_examples=2000)
+    for name in ("0", "3", "7"):
+        weight = model.get_submodule(name).weight
+        difference = 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            dense = model(inputs)
+            weight += difference
+            measured = output_distance(model(inputs), dense, loss)
+            weight -= difference
+        assert predicted_loss(statistics[name], difference) == pytest.approx(measured, rel=0.25)
+
+
+def test_dictionaries_several_calls_and_tokens():
+    class TwoTowers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.shared, self.head = nn.Embedding(9, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            towers = [self.shared(self.embed(ids)).relu().mean(1) for ids in (first, second)]
+            return self.head(towers[0] * towers[1])
+
+    torch.manual_seed(0)
+    model = TwoTowers().eval()
+    inputs = {"first": torch.randint(0, 9, (7, 5)), "second": torch.randint(0, 9, (7, 5))}
+    statistics = collect(model, layers_of(model, inputs), [(inputs, None)], F.cross_entropy)["shared"]
+    rows = torch.cat([model.embed(inputs["first"]), model.embed(inputs["second"])]).reshape(-1, 4).detach().double()
+    centred = rows - rows.mean(0)
+    assert torch.allclose(statistics.input_covariance, centred.T @ centred / 7, atol=1e-5)
+    total = _class_loss(model(**inputs), torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(total, model.shared.weight)
+    assert torch.allclose(statistics.weight_gradients.sum(0), gradient, atol=1e-5)
+
+
+def test_batches_are_cut_and_the_memory_is_kept():
+    model, inputs = a_convnet(), torch.randn(60, 2, 8, 8)
+    layers = layers_of(model, inputs[:1])
+    options = {"max_examples": 50, "max_gradient_examples": 40}
+    whole = collect(model, layers, batches_of(inputs, 7), F.cross_entropy, **options)
+    alone = collect(model, layers, batches_of(inputs[:50], 50), None, **options)
+    assert torch.allclose(whole["3"].input_covariance, alone["3"].input_covariance, atol=1e-4)
+    assert {len(s.weight_gradients) for s in whole.values()} == {40}
+    small = collect(model, layers, batches_of(inputs, 7), F.cross_entropy, memory_bytes=40 * 4 * 280, **options)
+    sizes = {name: 0 if s.weight_gradients is None else len(s.weight_gradients) for name, s in small.items()}
+    assert sizes["5"] == 0 and set(sizes.values()) > {0}  # the largest layer is left out
+    assert small["5"].output_gradient_covariance is not None
+    assert all(s.weight_gradients is None for s in alone.values())
+
+
+def test_grouped_convolutions_have_no_covariance():
+    model, inputs = a_convnet(), torch.randn(4, 2, 8, 8)
+    statistics = collect(model, layers_of(model, inputs[:1]), batches_of(inputs, 4), F.cross_entropy)["5"]
+    assert statistics.input_covariance is None and statistics.weight_gradients is not None
+    with pytest.raises(StudyError, match="collect the statistics with a loss"):
+        predicted_loss(LayerStatistics(), torch.zeros(2, 2))
+
+
+def test_the_model_stays_as_it_was():
+    model, inputs = a_convnet().train(), torch.randn(8, 2, 8, 8)
+    model[0].weight.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    collect(model, layers_of(model, inputs), batches_of(inputs, 4), F.cross_entropy)
+    assert model.training and not model[0].weight.requires_grad and model[3].weight.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_errors_say_what_is_wrong():
+    model, inputs = a_convnet(), torch.randn(4, 2, 8, 8)
+    layers = layers_of(model, inputs)
+    with pytest.raises(StudyError, match="yields no example"):
+        collect(model, layers, [], F.cross_entropy)
+    inputs[0, 0, 0, 0] = float("nan")
+    with pytest.raises(StudyError, match="layer '0'.*not all finite"):
+        collect(model, layers, batches_of(inputs, 4), None)

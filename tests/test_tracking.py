@@ -1,0 +1,386 @@
+"""Tracking against real SQLite stores, and the Pareto page in a real browser."""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranksearch.errors import StudyError
+from ranksearch.plan import LayerChoice, Plan
+from ranksearch.tracking import StudyRun, Tracker, find_study, page_url, resolve_tracking_uri, serve
+from ranksearch.tracking.pages import free_port
+from ranksearch.tracking.store import child_runs, connect
+
+Row = dict[str, object]
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store; copied, since making one takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(migrated_database: Path, tmp_path: Path) -> str:
+    """The tracking URI of a store of the test's own."""
+    shutil.copy(migrated_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def make_plan(rank: int) -> Plan:
+    return Plan(layers={"conv1": LayerChoice(decomposition="svd", ranks=(rank,), weight_bits=8, activation_bits=8)})
+
+
+def make_row(trial: int, drop: float, ratio: float, n_bytes: int, **more: object) -> Row:
+    row: Row = {
+        "trial": trial, "run_id": None, "summary": f"1x svd 8/8: {1 / ratio:.1f}x faster", "accuracy": 0.9 - drop,
+        "accuracy_drop": drop, "drop_low": drop - 0.004, "drop_high": drop + 0.004, "latency_ms": 10 * ratio,
+        "latency_ratio": ratio, "ratio_low": ratio * 0.98, "ratio_high": ratio * 1.02, "model_bytes": n_bytes,
+        "bytes_ratio": n_bytes / 1e6, "feasible": drop < 0.01, "surely_feasible": False, "pareto": True,
+        "rung": "fine_tuned", "origin": "prices", "test_accuracy": None,
+    }  # fmt: skip
+    return row | more
+
+
+def open_tracker(store: str, **more: Any) -> Tracker:
+    return Tracker.open(store, None, "digits", "a **small** study", identity="one", params={"seed": 0}, **more)
+
+
+def write_trials(tracker: Tracker, n_trials: int) -> list[Row]:
+    """Trials 0.. with falling latency and rising drop."""
+    rows = []
+    for trial in range(n_trials):
+        row = make_row(trial, 0.003 * trial, 1.0 - 0.05 * trial, 1_000_000 - 30_000 * trial)
+        row["run_id"] = tracker.trial_started(trial, make_plan(trial + 1), "prices")
+        assert tracker.trial_finished(trial, make_plan(trial + 1), row, extra_metrics={"seconds.total": 1.5})
+        rows.append(row)
+    return rows
+
+
+def children(study: StudyRun) -> list[Any]:
+    return child_runs(connect(study.tracking_uri), study.experiment_id, study.run_id)
+
+
+def pareto_trials(study: StudyRun) -> set[int]:
+    runs = children(study)
+    return {int(r.data.tags["ranksearch.trial"]) for r in runs if r.data.tags["ranksearch.pareto"] == "true"}
+
+
+def test_a_study_has_a_parent_run_and_a_child_run_for_each_trial(store: str) -> None:
+    tracker = open_tracker(store)
+    rows = write_trials(tracker, 3)
+    client = connect(store)
+    parent = client.get_run(tracker.study.run_id)
+    assert parent.info.run_name == "digits"
+    assert parent.info.status == "RUNNING"
+    assert parent.data.params == {"seed": "0"}
+    assert parent.data.tags["mlflow.note.content"] == "a **small** study"
+    assert client.get_experiment(tracker.study.experiment_id).name == "digits"
+    child = client.get_run(str(rows[1]["run_id"]))
+    assert child.info.status == "FINISHED"
+    assert child.info.run_name == rows[1]["summary"]
+    assert child.data.tags["mlflow.parentRunId"] == tracker.study.run_id
+    found = {key: child.data.tags[f"ranksearch.{key}"] for key in ("kind", "trial", "origin", "feasible", "state")}
+    assert found == {"kind": "trial", "trial": "1", "origin": "prices", "feasible": "true", "state": "COMPLETE"}
+    assert child.data.metrics["latency_ratio"] == pytest.approx(0.95)
+    assert child.data.metrics["seconds.total"] == 1.5
+    assert "test_accuracy" not in child.data.metrics
+    written = client.download_artifacts(child.info.run_id, "plan.json")
+    assert Plan.read(written) == make_plan(2)
+
+
+def test_stopped_and_failed_trials_say_why(store: str) -> None:
+    tracker = open_tracker(store)
+    tracker.trial_started(0, make_plan(1), "prices")
+    stopped = make_row(0, 0.0, 0.9, 900_000, accuracy_drop=None, accuracy=float("nan"), pareto=False, rung="latency")
+    pruned_id = tracker.trial_finished(0, make_plan(1), stopped, state="PRUNED", reason="slower than the goal")
+    failed_id = tracker.trial_failed(1, make_plan(2), "layer 'conv1': eigh did not converge", origin="tpe")
+    client = connect(store)
+    pruned, failed = client.get_run(str(pruned_id)), client.get_run(str(failed_id))
+    assert (pruned.info.status, failed.info.status) == ("FINISHED", "FAILED")
+    assert pruned.data.tags["ranksearch.state"] == "PRUNED"
+    assert pruned.data.tags["ranksearch.reason"] == "slower than the goal"
+    assert "accuracy" not in pruned.data.metrics
+    assert "eigh" in failed.data.tags["ranksearch.reason"]
+    assert failed.data.tags["ranksearch.origin"] == "tpe"
+
+
+def test_pareto_tags_follow_the_front_and_the_curve_is_on_the_parent(store: str) -> None:
+    tracker = open_tracker(store)
+    rows = write_trials(tracker, 3)
+    tracker.update_front(rows, 0.01, step=3)
+    assert pareto_trials(tracker.study) == {0, 1, 2}
+    better = make_row(3, 0.001, 0.5, 500_000)
+    tracker.trial_started(3, make_plan(9), "prices")
+    tracker.trial_finished(3, make_plan(9), better)
+    rows = [rows[0], rows[1] | {"pareto": False}, rows[2] | {"pareto": False}, better]
+    tracker.update_front(rows, 0.03, step=4)
+    assert pareto_trials(tracker.study) == {0, 3}
+    tracker.update_front([better], 0.03, step=4)  # what is in no row is off the front
+    assert pareto_trials(tracker.study) == {3}
+    history = connect(store).get_metric_history(tracker.study.run_id, "hypervolume")
+    assert [(point.step, point.value) for point in history] == [(3, 0.01), (4, 0.03)]
+
+
+def test_resuming_makes_no_duplicates_and_writes_only_what_changed(store: str) -> None:
+    first = open_tracker(store)
+    rows = write_trials(first, 3)
+    first.update_front(rows, 0.01, step=3)
+    first.finish(rows)
+    second = open_tracker(store)
+    assert second.study == first.study
+    for trial, row in enumerate(rows):
+        assert second.trial_started(trial, make_plan(trial + 1), "prices") == row["run_id"]
+        changed = row | {"feasible": False, "test_accuracy": 0.88}
+        assert second.trial_finished(trial, make_plan(trial + 1), changed) == row["run_id"]
+    second.update_front(rows, 0.01, step=3)
+    second.finish(rows)
+    runs = children(second.study)
+    assert len(runs) == 3
+    assert {run.data.metrics["test_accuracy"] for run in runs} == {0.88}
+    client = connect(store)
+    assert len(client.get_metric_history(str(rows[0]["run_id"]), "accuracy")) == 1
+    assert len(client.get_metric_history(second.study.run_id, "hypervolume")) == 1
+    table = json.loads(Path(client.download_artifacts(second.study.run_id, "front.json")).read_text())
+    assert len(table["data"]) == 3
+
+
+def test_a_trial_left_running_is_closed_on_resume(store: str) -> None:
+    first = open_tracker(store)
+    run_id = first.trial_started(0, make_plan(1), "prices")
+    open_tracker(store)
+    abandoned = connect(store).get_run(str(run_id))
+    assert abandoned.info.status == "KILLED"
+    assert "stopped" in abandoned.data.tags["ranksearch.reason"]
+
+
+def test_another_identity_is_another_study_and_the_old_one_stays(store: str) -> None:
+    first = open_tracker(store)
+    write_trials(first, 1)
+    second = Tracker.open(store, None, "digits", "again", identity="two")
+    assert second.study.run_id != first.study.run_id
+    assert len(children(first.study)) == 1
+    assert children(second.study) == []
+    assert find_study(store, None, "digits", "one") == first.study
+
+
+def test_the_end_of_a_study_leaves_table_pictures_report_and_controls(store: str) -> None:
+    tracker = open_tracker(store)
+    rows = write_trials(tracker, 2)
+    control = make_row(-1, 0.002, 0.4, 260_000, origin="control", pareto=False, summary="int8 by NNCF")
+    control["trial"] = None
+    control_id = tracker.control_finished("nncf", control)
+    assert tracker.control_finished("nncf", control) == control_id
+    rows[1]["pareto"] = False
+    tracker.finish([*rows, control], report="# Report\n\nAll of it.", title="digits")
+    client, run_id = connect(store), tracker.study.run_id
+    parent = client.get_run(run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["mlflow.note.content"].startswith("# Report")
+    assert {file.path for file in client.list_artifacts(run_id)} == {"front.json", "plots", "report.md"}
+    table = json.loads(Path(client.download_artifacts(run_id, "front.json")).read_text())
+    summaries = [row[table["columns"].index("summary")] for row in table["data"]]
+    assert summaries == [rows[0]["summary"], "int8 by NNCF"]
+    assert Path(client.download_artifacts(run_id, "plots/pareto.png")).read_bytes().startswith(b"\x89PNG")
+    assert client.get_run(str(control_id)).data.tags["ranksearch.kind"] == "control"
+
+
+def test_a_store_that_stops_answering_does_not_stop_the_study(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_tracker(store)
+
+    def refuse(*args: object, **more: object) -> None:
+        raise ConnectionError("connection refused")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(tracker._client), "create_run", refuse)
+        assert tracker.trial_started(0, make_plan(1), "prices") is None
+        assert tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6)) is None
+        tracker.update_front([make_row(0, 0.0, 0.9, 10**6)], 0.1, step=1)
+    assert "connection refused" in caplog.text
+    tracker.update_front([make_row(0, 0.0, 0.9, 10**6)], 0.1, step=1)
+    assert [run.data.tags["ranksearch.trial"] for run in children(tracker.study)] == ["0"]
+
+
+def test_tracking_uris_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    assert resolve_tracking_uri() == "http://tracking:5000"
+    assert resolve_tracking_uri("sqlite:///runs.db") == f"sqlite:///{tmp_path}/runs.db"
+    for folder in ("./mlruns", "file:///runs"):
+        with pytest.raises(StudyError, match="sqlite:///mlflow.db"):
+            resolve_tracking_uri(folder)
+
+
+def test_the_experiment_is_the_environments_where_none_is_given(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "compression")
+    tracker = open_tracker(store)
+    assert connect(store).get_experiment(tracker.study.experiment_id).name == "compression"
+
+
+def test_what_cannot_be_found_or_used_says_so(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere.db"
+    with pytest.raises(StudyError, match="no run of study 'digits'"):
+        find_study(f"sqlite:///{missing}", None, "digits")
+    assert not missing.exists()
+    (tmp_path / "text.db").write_text("this is no database, not at all\n" * 100)
+    with pytest.raises(StudyError, match="text.db cannot be used"):
+        open_tracker(f"sqlite:///{tmp_path}/text.db")
+
+
+def test_importing_tracking_loads_neither_mlflow_nor_plots() -> None:
+    heavy = "{'mlflow', 'plotly', 'matplotlib', 'torch', 'pandas'}"
+    code = f"import sys, ranksearch.tracking; sys.exit(sorted({heavy} & set(sys.modules)) or 0)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_running_server_is_used_and_none_is_started() -> None:
+    with serve("https://tracking.example/") as server:
+        assert server.url == "https://tracking.example"
+        assert server.process is None
+    assert page_url(server.url, "3", "ab").startswith("https://tracking.example/#/experiments/3/runs?viewStateShareKey")
+
+
+def test_a_taken_port_is_replaced() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = listener.getsockname()[1]
+        assert free_port(taken) not in (taken, 0)
+    assert free_port(taken) == taken
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, not at all\n" * 100)
+    with pytest.raises(StudyError, match=r"did not start(.|\n)*not a database"):
+        serve(f"sqlite:///{tmp_path}/text.db", 5000)
+
+
+class Browser:
+    """Headless Chromium, spoken to over its debugging pipe."""
+
+    def __init__(self, to_browser: int, from_browser: int) -> None:
+        self._writer, self._reader = os.fdopen(to_browser, "wb", 0), os.fdopen(from_browser, "rb")
+        self._count, self._session = 0, ""
+        self.requested: list[str] = []
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._call("Network.enable")
+
+    def _call(self, method: str, **params: object) -> dict[str, Any]:
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        self._writer.write(json.dumps(message).encode() + b"\0")
+        while True:
+            answer = json.loads(self._receive())
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.requested.append(answer["params"]["request"]["url"])
+            if answer.get("id") == self._count:
+                return dict(answer["result"])
+
+    def _receive(self) -> bytes:
+        content = bytearray()
+        while (byte := self._reader.read(1)) not in (b"\0", b""):
+            content += byte
+        return bytes(content)
+
+    def open(self, url: str) -> None:
+        self._call("Page.navigate", url=url)
+
+    def evaluate(self, script: str) -> Any:
+        return self._call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+
+    def wait_for(self, script: str, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self.evaluate(script):
+            assert time.monotonic() < deadline, f"{script} never came true:\n{self.evaluate('document.body.innerText')}"
+            time.sleep(0.2)
+
+    def screenshot(self) -> bytes:
+        return base64.b64decode(self._call("Page.captureScreenshot")["data"])
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--window-size=1700,1100",
+    "--remote-debugging-pipe",
+)  # fmt: skip
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Browser]:
+    """A browser with a new empty profile."""
+    assert CHROMIUM is not None
+    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+    # Chromium reads its debugging pipe from descriptor 3 and writes to 4.
+    command = 'exec "$@" 3<&%d 4>&%d' % (theirs_in, theirs_out)  # noqa: UP031
+    arguments = ["bash", "-c", command, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
+    process = subprocess.Popen(
+        arguments, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    os.close(theirs_in)
+    os.close(theirs_out)
+    browser = Browser(ours_out, ours_in)
+    try:
+        yield browser
+    finally:
+        browser._writer.close()
+        browser._reader.close()
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def outside(urls: Sequence[str], server: str) -> list[str]:
+    return [url for url in urls if not url.startswith((server, "data:", "blob:", "about:"))]
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_pareto_page_shows_table_scatters_and_the_picture(
+    store: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    tracker = open_tracker(store)
+    rows = write_trials(tracker, 8)
+    tracker.update_front(rows, 0.05, step=8)
+    tracker.finish(rows, report="# Report")
+    experiment_id, run_id = tracker.study.experiment_id, tracker.study.run_id
+    with serve(store, 5000) as server, chromium(tmp_path / "profile") as browser:
+        browser.open(page_url(server.url, experiment_id, run_id, "TABLE"))
+        columns = ("accuracy_drop", "latency_ratio", "model_bytes", "ranksearch.feasible", "ranksearch.pareto")
+        for text in (*columns, "8 matching runs", "1x svd 8/8: 1.5x faster", "Sort: latency_ratio"):
+            browser.wait_for(f"document.body.innerText.includes({text!r})")
+        browser.open("about:blank")
+        browser.open(tracker.url(server.url))
+        browser.wait_for("document.querySelectorAll('.scatterlayer .points path').length >= 16")
+        browser.wait_for("document.body.innerText.includes('Pareto front')")
+        picture = tmp_path / "page.png"
+        picture.write_bytes(browser.screenshot())
+        record_property("screenshot", str(picture))
+        assert picture.stat().st_size > 50_000
+        assert outside(browser.requested, server.url) == []
+        browser.open(Path(connect(store).download_artifacts(run_id, "plots/pareto.html")).as_uri())
+        browser.wait_for("document.querySelectorAll('.scatterlayer .points path').length >= 16")
+        assert outside(browser.requested, server.url)[1:] == []
+    assert server.process is not None
+    assert server.process.poll() is not None
