@@ -13,6 +13,7 @@ _HOMES = {
     "RuntimeUnavailableError": "errors",
     "MeasurementError": "errors",
     "StudyError": "errors",
+    "NoPlanError": "errors",
     "LayerChoice": "plan",
     "Plan": "plan",
     "Data": "spec",
@@ -42,6 +43,7 @@ __all__ = [
     "Goals",
     "LayerChoice",
     "MeasurementError",
+    "NoPlanError",
     "Plan",
     "PlanError",
     "RankSearchError",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from ranksearch.errors import (
         DecompositionError,
         MeasurementError,
+        NoPlanError,
         PlanError,
         RankSearchError,
         RuntimeUnavailableError,

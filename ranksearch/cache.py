@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,13 @@ def content_hash(*parts: object) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes aside, then renames: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # No tempfile: its files are for their owner alone, and these may be read as any other.
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(aside).replace(path)
+        aside.write_bytes(data)
+        aside.replace(path)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
 
 

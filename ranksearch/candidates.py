@@ -57,7 +57,10 @@ class Profile(BaseModel):
         return Plan(layers={layer.name: layer.candidates[i].choice for layer, i in chosen})
 
     def indices(self, plan: Plan) -> tuple[int, ...]:
-        """The plan as indices. Raises StudyError where a choice is not in the table."""
+        """The plan as indices. Raises StudyError where a layer or its choice is not in the table."""
+        unknown = plan.changes().keys() - {layer.name for layer in self.layers}
+        if unknown:
+            raise StudyError(f"layer {min(unknown)!r} is not in the candidate table")
         return tuple(layer.index(plan.choice(layer.name)) for layer in self.layers)
 
     def predict(self, indices: Sequence[int]) -> tuple[float, float, float]:

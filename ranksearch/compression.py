@@ -2,30 +2,27 @@
 
 import copy
 import difflib
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ranksearch.decompositions import DECOMPOSITIONS, Factorisation, check_choice
 from ranksearch.errors import DecompositionError, PlanError
-from ranksearch.layers import (
-    LayerSpec,
-    build_layer,
-    compressible_layers,
-    layer_spec,
-)
-from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.quantization import CODE_LIMIT, freeze, observe_ranges, packed_state, quantize_module
+from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec
+from ranksearch.plan import LayerChoice, Plan
+from ranksearch.quantization import CODE_LIMIT, activation_quantizers, observe_ranges, quantize_module
 from ranksearch.refit import refit_last_factors
 from ranksearch.spec import Batches
 from ranksearch.statistics import LayerStatistics, collect
 from ranksearch.surgery import replace_modules
+from ranksearch.trees import first_examples
 
 PLACEHOLDER_SEED = 0
+RANGE_EXAMPLES = 512
+BUILT_BITS = ((32, 32), (8, 8))
 
 
 class Factorisations:
@@ -62,38 +59,37 @@ def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
     does not fit its layer.
     """
     modules = dict(model.named_modules())
-    specs = {}
-    for name, choice in plan.layers.items():
-        module = modules.get(name)
-        if module is None:
+    for name in plan.layers:
+        if name not in modules:
             near = difflib.get_close_matches(name, modules, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PlanError(f"the model has no layer {name!r}{hint}")
-        spec = layer_spec(module)
-        if choice == DENSE:
-            continue
-        if spec is None:
-            raise PlanError(f"layer {name!r} is a {type(module).__name__}, which cannot be compressed")
-        _check_bits(name, choice)
-        try:
-            check_choice(spec, choice)
-        except DecompositionError as error:
-            raise PlanError(f"layer {name!r}: {error}") from None
-        specs[name] = spec
-    return specs
+            hint = f"did you mean {near[0]!r}?" if near else "a layer's name is that of model.named_modules()"
+            raise PlanError(f"the model has no layer {name!r}; {hint}")
+    return {name: _checked(name, modules[name], choice) for name, choice in plan.changes().items()}
 
 
-def _check_bits(name: str, choice: LayerChoice) -> None:
-    bits = (choice.weight_bits, choice.activation_bits)
-    if bits not in ((32, 32), (8, 8)):
+def _checked(name: str, module: nn.Module, choice: LayerChoice) -> LayerSpec:
+    spec = layer_spec(module)
+    if spec is None:
+        raise PlanError(f"layer {name!r} is a {type(module).__name__}; only Linear and Conv2d can be compressed")
+    if module._parameters.get("weight") is None:
+        raise PlanError(
+            f"layer {name!r}: its weight is computed from others; remove weight_norm or spectral_norm first"
+        )
+    if (choice.weight_bits, choice.activation_bits) not in BUILT_BITS:
         raise PlanError(f"layer {name!r}: bits {choice.bits} are not built; use 32/32 or 8/8")
+    try:
+        check_choice(spec, choice, layer=name)
+    except DecompositionError as error:
+        raise PlanError(str(error)) from None
+    return spec
 
 
 def rebuild(model: nn.Module, plan: Plan, weight_limit: int = CODE_LIMIT) -> nn.Module:
     """A copy of the model with the plan's architecture; the layers that the plan changes hold placeholders.
 
     Placeholders are random weights at the dense layer's scale from a fixed seed, and positive scales and ranges:
-    with zeros a runtime may drop its integer kernels. `weight_limit` is the largest int8 weight code. Raises PlanError where the plan does not fit the model.
+    with zeros a runtime may drop its integer kernels. `weight_limit` is the largest int8 weight code. Raises
+    PlanError where the plan does not fit the model.
     """
     specs = check_plan(model, plan)
     rebuilt = copy.deepcopy(model)
@@ -119,70 +115,33 @@ def compress(
     on the inputs that come from the already compressed layers before it; then the ranges of quantized activations
     are set. Without calibration data factors are fitted to the weights alone, and 8-bit plans are refused.
     `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model.
-    Raises PlanError where the plan does not fit the model.
+    Raises PlanError where the plan does not fit the model, or calibration data can be read only once.
     """
     specs = check_plan(model, plan)
+    if isinstance(calibration, Iterator):
+        raise PlanError("calibration data is read several times: pass a list or a DataLoader, not an iterator")
     if calibration is None and any(choice.activation_bits == 8 for choice in plan.layers.values()):
         raise PlanError("8-bit activations need calibration data: pass calibration=, batches of (inputs, targets)")
     if factorisations is None:
         if statistics is None:
             statistics = _collect(model, specs, calibration, loss)
         factorisations = Factorisations(model, statistics)
-    compressed = copy.deepcopy(model)
-    built = {name: _filled(model, name, plan.choice(name), factorisations) for name in specs}
-    replace_modules(compressed, built)
-    if calibration is not None:
-        refit_last_factors(compressed, _last_factors(built, plan), model, calibration)
-    _quantize(compressed, plan, weight_limit)
+    with torch.random.fork_rng(devices=[]):  # modules draw weights before they are filled
+        built = {name: _filled(model, name, plan.choice(name), factorisations) for name in specs}
+    compressed = replace_modules(copy.deepcopy(model), built)
+    last_factors = _last_factors(built, plan)
+    if calibration is not None and last_factors:
+        refit_last_factors(compressed, last_factors, model, calibration)
+    compressed = _quantize(compressed, plan, weight_limit)
     if calibration is not None:
         calibrate_ranges(compressed, calibration)
     return compressed
 
 
-def calibrate_ranges(model: nn.Module, calibration: Batches, n_batches: int = 8) -> None:
-    """Sets the ranges of the model's activation quantizers, in place, from the first calibration batches."""
-    batches = [inputs for inputs, _ in itertools.islice(calibration, n_batches)]
-    observe_ranges(model, batches)
-
-
-def packed_bytes(model: nn.Module) -> int:
-    """The size of `model.safetensors`, header included, without writing it."""
-    return safetensors_size(packed_state(model))
-
-
-def safetensors_size(state: Mapping[str, Tensor]) -> int:
-    """The size of the file that safetensors would write for `state`, without metadata.
-
-    The header is compact JSON with each tensor's dtype, shape and offsets, padded to eight bytes; tensors lie by
-    descending alignment, then by name (https://github.com/huggingface/safetensors#format).
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name in sorted(state, key=lambda name: (-state[name].element_size(), name)):
-        tensor = state[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + (len(text) + 7) // 8 * 8 + offset
-
-
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+def calibrate_ranges(model: nn.Module, calibration: Batches) -> None:
+    """Sets the ranges of the model's activation quantizers, in place, from the first calibration examples."""
+    if activation_quantizers(model):
+        observe_ranges(model, first_examples(calibration, RANGE_EXAMPLES))
 
 
 def count_params(model: nn.Module) -> int:
@@ -190,19 +149,14 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def freeze_weights(model: nn.Module) -> None:
-    """Puts quantized weights onto their grid, in place, so that the packed file gives back the same outputs."""
-    freeze(model)
-
-
 def _collect(
     model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Batches | None, loss: Any
 ) -> dict[str, LayerStatistics]:
-    if calibration is None:
+    if calibration is None or not specs:
         return {}
     inputs = next((inputs for inputs, _ in calibration), None)
     if inputs is None:
-        raise PlanError("the calibration data yields nothing")
+        raise PlanError("the calibration data yields nothing; pass batches of (inputs, targets)")
     found = compressible_layers(model, inputs).layers
     return collect(model, {name: found[name] for name in specs if name in found}, calibration, loss)
 
@@ -213,44 +167,47 @@ def _spec(module: nn.Module) -> LayerSpec:
     return spec
 
 
-def _filled(model: nn.Module, name: str, choice: LayerChoice, factorisations: Factorisations) -> nn.Module:
-    """The float modules that stand for the layer, with its factors as weights."""
-    layer = model.get_submodule(name)
-    if choice.decomposition == "none":
-        return copy.deepcopy(layer)
-    factorisation = factorisations.of(name, choice)
-    built = DECOMPOSITIONS[choice.decomposition].build(_spec(layer), choice.ranks, choice.options)
-    factors = list(_factor_modules(built).values())
-    weight = layer.get_parameter("weight").detach()
-    with torch.no_grad():
-        for module, factor in zip(factors, factorisation.factors(choice.ranks), strict=True):
-            module.get_parameter("weight").copy_(factor)
-        bias = factors[-1].get_parameter("bias")
-        bias.zero_()
-        if layer._parameters.get("bias") is not None:
-            bias += layer.get_parameter("bias")
-        statistics = factorisations.statistics.get(name)
-        if statistics is not None and statistics.input_mean is not None:
-            # What the cut components give on average is a constant, which the bias can keep.
-            difference = (weight - factorisation.weight(choice.ranks)).flatten(1).double()
-            bias += (difference @ statistics.input_mean).float()
-    return built.train(layer.training)
-
-
-def _placeholder(layer: nn.Module, choice: LayerChoice) -> nn.Module:
+def _built(layer: nn.Module, choice: LayerChoice) -> nn.Module:
+    """The float modules that stand for the layer, weights as torch initialises them."""
     spec = _spec(layer)
     if choice.decomposition == "none":
         built: nn.Module = build_layer(spec)
     else:
         built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.options)
-    factors = list(_factor_modules(built).values())
-    weight = layer.get_parameter("weight").detach()
-    gain = float(weight.norm()) / weight.shape[0] ** 0.5
-    for module in factors:
-        nn.init.kaiming_normal_(module.get_parameter("weight"), nonlinearity="linear")
+    return built.to(layer.get_parameter("weight")).train(layer.training)
+
+
+def _placeholder(layer: nn.Module, choice: LayerChoice) -> nn.Module:
+    built = _built(layer, choice)
+    weights = [module.get_parameter("weight") for module in _factor_modules(built).values()]
+    dense = layer.get_parameter("weight").detach()
+    for weight in weights:
+        nn.init.kaiming_normal_(weight, nonlinearity="linear")
     with torch.no_grad():
-        factors[-1].get_parameter("weight").mul_(gain)
-    return built.train(layer.training)
+        weights[-1].mul_(float(dense.norm()) / dense.shape[0] ** 0.5)
+    return built
+
+
+@torch.no_grad()
+def _filled(model: nn.Module, name: str, choice: LayerChoice, factorisations: Factorisations) -> nn.Module:
+    """The float modules that stand for the layer, with its factors as weights and its bias on the last."""
+    layer = model.get_submodule(name)
+    if choice.decomposition == "none":
+        return copy.deepcopy(layer)
+    factorisation = factorisations.of(name, choice)
+    built = _built(layer, choice)
+    modules = list(_factor_modules(built).values())
+    for module, factor in zip(modules, factorisation.factors(choice.ranks), strict=True):
+        module.get_parameter("weight").copy_(factor)
+    bias = modules[-1].get_parameter("bias")
+    if layer._parameters.get("bias") is not None:
+        bias.add_(layer.get_parameter("bias"))
+    statistics = factorisations.statistics.get(name)
+    if statistics is not None and statistics.input_mean is not None:
+        # What the cut components give on average is a constant, which the bias can keep.
+        difference = (layer.get_parameter("weight") - factorisation.weight(choice.ranks)).flatten(1).double()
+        bias.add_((difference @ statistics.input_mean).to(bias))
+    return built
 
 
 def _factor_modules(built: nn.Module) -> dict[str, nn.Module]:
@@ -261,7 +218,7 @@ def _factor_modules(built: nn.Module) -> dict[str, nn.Module]:
 def _last_factors(built: Mapping[str, nn.Module], plan: Plan) -> dict[str, str]:
     """The submodule that holds the last factor, for each layer that was factored."""
     return {
-        name: f"{name}.{list(_factor_modules(module))[-1]}"
+        name: _join(name, list(_factor_modules(module))[-1])
         for name, module in built.items()
         if plan.choice(name).decomposition != "none"
     }
@@ -276,4 +233,9 @@ def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int) -> Itera
     for layer, choice in plan.layers.items():
         if choice.weight_bits == 8:
             for path, module in _factor_modules(model.get_submodule(layer)).items():
-                yield f"{layer}.{path}" if path else layer, quantize_module(module, weight_limit)
+                yield _join(layer, path), quantize_module(module, weight_limit)
+
+
+def _join(*parts: str) -> str:
+    """The dotted name; a root's name is empty."""
+    return ".".join(part for part in parts if part)

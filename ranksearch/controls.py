@@ -1,17 +1,18 @@
 """What a user has without a search: plans that every study tries first, and records beside them."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.layers import LayerInfo, LayerSpec
 from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.profiling import uniform_plan
 from ranksearch.recovery import fine_tune
-from ranksearch.remeasure import Judge, drop_columns
+from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge, drop_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import paired_drop
 from ranksearch.workbench import Workbench
@@ -32,14 +33,42 @@ def control_plans(bench: Workbench) -> list[tuple[str, Plan]]:
         plans.append(("control: 8 bits", Plan(layers=choices)))
     order = [name for name in ("tucker2", "spatial_svd", "svd") if name in space.decompositions]
     for share in UNIFORM_SHARES:
-        plan = uniform_plan(layers, order, share, space.rank_multiple, bits=32)
+        plan = uniform_plan(layers, order, share, space.rank_multiple)
         if plan.changes():
             plans.append((f"control: uniform {share:.0%}", plan))
     return plans
 
 
+def uniform_plan(
+    layers: Mapping[str, LayerInfo], decompositions: Sequence[str], share: float, rank_multiple: int
+) -> Plan:
+    """Each layer at about `share` of its weights, by the first of `decompositions` that can; else left whole."""
+    return Plan(
+        layers={
+            name: next(_uniform_choices(info.spec, decompositions, share, rank_multiple), DENSE)
+            for name, info in layers.items()
+        }
+    )
+
+
+def _uniform_choices(
+    spec: LayerSpec, decompositions: Sequence[str], share: float, rank_multiple: int
+) -> Iterator[LayerChoice]:
+    for name in decompositions:
+        method = DECOMPOSITIONS[name]
+        if method.refuse(spec) is None:
+            options = method.options[0]
+            ranks = method.uniform_ranks(spec, options, share, rank_multiple)
+            if ranks is not None:
+                yield LayerChoice(decomposition=name, ranks=ranks, options=dict(options))
+
+
 def measure_controls(
-    bench: Workbench, home: StudyHome, dense_latency_ms: float, on_control: Callable[[str], None]
+    bench: Workbench,
+    home: StudyHome,
+    dense_latency_ms: float,
+    on_control: Callable[[str], None],
+    max_seconds: float = MAX_LATENCY_SECONDS,
 ) -> list[Row]:
     """The records beside the trials as rows of the front, measured once per study and kept.
 
@@ -49,22 +78,23 @@ def measure_controls(
     kept = read_json(home.controls)
     if not kept:
         rows = []
-        for name, measure in _records(bench, dense_latency_ms):
+        for name, measure in _records(bench, dense_latency_ms, max_seconds):
             on_control(name)
             row: Row = {**dict.fromkeys(FRONT_COLUMNS), "origin": f"control: {name}", "pareto": False}
             try:
                 row |= {**measure(), "summary": name}
-            except RankSearchError as error:
-                row["summary"] = f"{name}: unavailable: {error}"
+            except (RankSearchError, RuntimeError, ValueError) as error:
+                # A record that fails costs its row, not the study; foreign errors run over many lines.
+                row["summary"] = f"{name}: unavailable: {next(iter(str(error).splitlines()), type(error).__name__)}"
             rows.append(row)
         kept = {"controls": rows}
         write_json(home.controls, kept)
     return list(kept["controls"])
 
 
-def _records(bench: Workbench, dense_latency_ms: float) -> Iterator[tuple[str, Callable[[], Row]]]:
+def _records(bench: Workbench, dense_latency_ms: float, max_seconds: float) -> Iterator[tuple[str, Callable[[], Row]]]:
     """What to measure, by its name."""
-    judge = Judge(bench)
+    judge = Judge(bench, max_seconds)
     runtime, target = bench.runtime, bench.spec.target
 
     def default_precision() -> Row:

@@ -5,7 +5,8 @@ RankSearchError
 ├── DecompositionError        a layer that cannot be factored as asked
 ├── RuntimeUnavailableError   a runtime that is unknown or not installed
 ├── MeasurementError          a latency or a score that could not be measured
-└── StudyError                a study script, its data or its goals that cannot be used
+├── StudyError                a study script, its data or its goals that cannot be used
+└── NoPlanError               goals that no plan of the study meets
 """
 
 
@@ -31,3 +32,7 @@ class MeasurementError(RankSearchError):
 
 class StudyError(RankSearchError):
     """A study script, its data or its goals that cannot be used."""
+
+
+class NoPlanError(RankSearchError):
+    """Goals that no plan of the study meets."""

@@ -9,21 +9,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ranksearch.compression import (
-    Factorisations,
-    calibrate_ranges,
-    compress,
-    count_params,
-    freeze_weights,
-    packed_bytes,
-    rebuild,
-)
+from ranksearch.compression import Factorisations, calibrate_ranges, compress, count_params, rebuild
 from ranksearch.latency import Latency, compare, device_lock
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
+from ranksearch.quantization import freeze
 from ranksearch.recovery import fine_tune, reestimate_batchnorm
 from ranksearch.scoring import output_distance, paired_drop
 from ranksearch.spec import Objective
+from ranksearch.weights import packed_bytes
 from ranksearch.workbench import Workbench, first_rows, to_arrays
 
 Rung = Literal["latency", "quick", "fine_tuned", "full"]
@@ -84,9 +78,10 @@ class Evaluation(BaseModel):
 class Evaluator:
     """Takes plans up the ladder on a workbench.
 
-    `limits` are the goals as ratios; a plan that surely misses one of latency or bytes stops there, except those
-    whose hashes are `never_stopped`. `keep` is given the finished model of each plan. Once `should_abort` says so
-    the evaluation ends with KeyboardInterrupt.
+    `limits` are the goals as ratios; a plan that surely misses one of latency or bytes stops there, and so does one
+    that `beaten_by` calls not worth training; those whose hashes are `never_stopped` go on. `keep` is given each
+    complete plan with the model that was scored. Once `should_abort` says so, the evaluation ends with
+    KeyboardInterrupt.
     """
 
     bench: Workbench
@@ -94,10 +89,12 @@ class Evaluator:
     dense_latency_ms: float
     limits: Mapping[Objective, float] = field(default_factory=dict)
     predict_loss: Callable[[Plan], float | None] = lambda _plan: None
+    beaten_by: Callable[[Mapping[str, Any]], str | None] = lambda _figures: None
     never_stopped: frozenset[str] = frozenset()
     keep: Callable[[Plan, nn.Module], None] = lambda _plan, _model: None
     should_abort: Callable[[], bool] = lambda: False
     on_step: Callable[[int, int, float], None] | None = None
+    max_latency_seconds: float = MAX_LATENCY_SECONDS
     clock: Callable[[], float] = time.perf_counter
 
     def evaluate(self, plan: Plan) -> Evaluation:
@@ -108,19 +105,23 @@ class Evaluator:
         """
         seconds: dict[str, float] = {}
         figures = self._measure(plan, seconds)
-        stopped = None if plan.hash() in self.never_stopped else self._misses(figures)
+        stopped = None if plan.hash() in self.never_stopped else self._misses(figures) or self.beaten_by(figures)
         if stopped is not None:
             return Evaluation(**figures, rung="latency", stopped=stopped, seconds=seconds)
         if not plan.changes():
-            return Evaluation(**figures, rung="fine_tuned", seconds=seconds, **self._dense_accuracy())
+            self._keep(plan, self.bench.model, seconds)
+            return Evaluation(**figures, **self._dense_accuracy(), rung="fine_tuned", seconds=seconds)
         model, quick_drop = self._fit(plan, seconds)
         with self._timed(seconds, "fine_tune"):
             self._fine_tune(model)
         with self._timed(seconds, "validate"):
             accuracy = self._accuracy(model)
+        self._keep(plan, model, seconds)
+        return Evaluation(**figures, **accuracy, rung="fine_tuned", quick_drop=quick_drop, seconds=seconds)
+
+    def _keep(self, plan: Plan, model: nn.Module, seconds: dict[str, float]) -> None:
         with self._timed(seconds, "store"):
             self.keep(plan, model)
-        return Evaluation(**figures, rung="fine_tuned", quick_drop=quick_drop, seconds=seconds, **accuracy)
 
     def _measure(self, plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
         """Latency and bytes, from the architecture alone: cheap, so it comes first."""
@@ -133,7 +134,7 @@ class Evaluator:
             session = bench.runtime.prepare(candidate, bench.example, bench.spec.target)
             run = session.bind(to_arrays(bench.example))
         with self._timed(seconds, "latency"), device_lock(bench.spec.target):
-            latency = compare(run, bench.dense.run, max_seconds=MAX_LATENCY_SECONDS, seed=bench.spec.seed)
+            latency = compare(run, bench.dense.run, max_seconds=self.max_latency_seconds, seed=bench.spec.seed)
         return {
             "plan": plan,
             "model_bytes": model_bytes,
@@ -154,7 +155,7 @@ class Evaluator:
             return f"size {figures['bytes_ratio']:.3f}x misses the goal of {size:.3f}x"
         return None
 
-    def _fit(self, plan: Plan, seconds: dict[str, float]) -> tuple[nn.Module, float]:
+    def _fit(self, plan: Plan, seconds: dict[str, float]) -> tuple[nn.Module, float | None]:
         """The compressed model with BatchNorm re-estimated where it helps, and its drop."""
         bench = self.bench
         with self._timed(seconds, "compress"):
@@ -173,22 +174,21 @@ class Evaluator:
     def _fine_tune(self, model: nn.Module) -> None:
         """Short distillation from dense, in place; afterwards ranges are set anew and weights put on their grid."""
         bench, spec = self.bench, self.bench.spec
-        if spec.recovery.steps != 0 and (spec.recovery.steps or spec.recovery.epochs > 0):
-            fine_tune(
-                model,
-                bench.model,
-                bench.train,
-                spec.loss,
-                spec.recovery,
-                seed=spec.seed,
-                should_stop=self.should_abort,
-                on_step=self.on_step,
-            )
+        fine_tune(
+            model,
+            bench.model,
+            bench.train,
+            spec.loss,
+            spec.recovery,
+            seed=spec.seed,
+            should_stop=self.should_abort,
+            on_step=self.on_step,
+        )
         model.eval()
         calibrate_ranges(model, bench.calibration)
-        freeze_weights(model)
+        freeze(model)
 
-    def _accuracy(self, model: nn.Module) -> dict[str, float | None]:
+    def _accuracy(self, model: nn.Module) -> dict[str, Any]:
         bench, spec = self.bench, self.bench.spec
         scores = bench.score(model, bench.data.validation)
         drop = paired_drop(bench.dense.scores, scores, spec.score, spec.higher_is_better, spec.seed)
@@ -203,7 +203,7 @@ class Evaluator:
             "output_distance": distance,
         }
 
-    def _dense_accuracy(self) -> dict[str, float]:
+    def _dense_accuracy(self) -> dict[str, Any]:
         return {"accuracy": self.bench.dense.scores.value, "accuracy_drop": 0.0, "drop_low": 0.0, "drop_high": 0.0}
 
     @contextmanager

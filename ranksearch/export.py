@@ -3,23 +3,25 @@
 import hashlib
 import importlib.metadata
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ranksearch.compression import freeze_weights, rebuild
+from ranksearch.cache import content_hash
+from ranksearch.compression import rebuild
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.home import read_json, write_json
 from ranksearch.plan import Plan, Provenance, Quantizer
-from ranksearch.quantization import activation_quantizers, load_packed, packed_state
+from ranksearch.quantization import activation_quantizers, freeze
+from ranksearch.weights import load_stored, stored_state
 from ranksearch.workbench import Workbench, to_arrays
 
 PLAN, WEIGHTS, RUNTIME, EXAMPLE, REPORT = (
@@ -40,8 +42,8 @@ def save(model: nn.Module, plan: Plan, directory: str | Path) -> Plan:
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    freeze_weights(model)
-    save_file({name: tensor.contiguous() for name, tensor in packed_state(model).items()}, folder / WEIGHTS)
+    freeze(model)
+    save_file(_apart(stored_state(model)), folder / WEIGHTS)
     provenance = plan.provenance or Provenance()
     written = plan.model_copy(
         update={
@@ -70,7 +72,7 @@ def load(directory: str | Path, model: nn.Module) -> nn.Module:
         raise PlanError(f"{folder / WEIGHTS} is not the file that {PLAN} names by its SHA-256; export the plan again")
     loaded = rebuild(model, plan)
     try:
-        load_packed(loaded, load_file(folder / WEIGHTS))
+        load_stored(loaded, load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise PlanError(f"{folder / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
     return loaded.eval()
@@ -106,12 +108,12 @@ def export_bundle(
 ) -> None:
     """Copies a finished plan's folder to `destination` with its figures, its report and an example of loading it.
 
-    Raises StudyError where `destination` exists and `force` is not given, or the bundle is gone.
+    Raises StudyError where `destination` is not empty and `force` is not given, or it holds something else than an
+    earlier export, which is never deleted; and where the bundle is gone.
     """
     if not (bundle / PLAN).is_file():
         raise StudyError(f"the weights of this plan are gone ({bundle}); choose another trial, or run it again")
-    if destination.exists() and not force and any(destination.iterdir()):
-        raise StudyError(f"{destination} exists and is not empty; choose another folder, or pass --force")
+    _check_destination(destination, force)
     plan = Plan.read(bundle / PLAN)
     written = plan.provenance or Provenance()
     plan = plan.model_copy(
@@ -124,23 +126,42 @@ def export_bundle(
         (folder / REPORT).write_text(report, encoding="utf-8")
         (folder / "load_example.py").write_text(_LOAD_EXAMPLE, encoding="utf-8")
         runtime = {**read_json(folder / RUNTIME), "measured": dict(measured)}
-        runtime["sha256"] = {**runtime["sha256"], PLAN: file_sha256(folder / PLAN)}
+        runtime["sha256"] = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RUNTIME}
+        runtime["checksum"] = content_hash(runtime)
         write_json(folder / RUNTIME, runtime)
+
+
+def _check_destination(destination: Path, force: bool) -> None:
+    if destination.exists() and not destination.is_dir():
+        raise StudyError(f"{destination} is a file; choose a folder")
+    found = {path.name for path in destination.iterdir()} if destination.exists() else set()
+    if found and not force:
+        raise StudyError(f"{destination} exists and is not empty; choose another folder, or pass --force")
+    if found and not {PLAN, RUNTIME} <= found:
+        raise StudyError(f"{destination} is no earlier export, so --force does not replace it; choose another folder")
 
 
 @contextmanager
 def written_aside(directory: Path) -> Iterator[Path]:
     """A temporary folder beside `directory` that takes its place when the block ends well."""
+    directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    mark = uuid.uuid4().hex
+    aside, old = (directory.with_name(f".{directory.name}.{mark}.{part}") for part in ("new", "old"))
+    aside.mkdir()
     try:
         yield aside
         if directory.exists():
-            shutil.rmtree(directory)
-        aside.chmod(0o755)
+            directory.rename(old)
         aside.rename(directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _apart(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors each in memory of its own, in plain order, as safetensors wants them."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def _quantizers(model: nn.Module) -> tuple[Quantizer, ...]:
@@ -151,10 +172,8 @@ def _quantizers(model: nn.Module) -> tuple[Quantizer, ...]:
 def _versions() -> dict[str, str]:
     versions = {}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -173,10 +192,27 @@ def count_kernels(kernels: Mapping[str, str]) -> dict[str, int]:
 
 
 def _write_example(folder: Path, inputs: Any, outputs: Any) -> None:
-    tensors = {f"input.{name}": tensor.contiguous() for name, tensor in named_values(inputs).items()}
-    tensors |= {f"output.{name}": torch.as_tensor(array).contiguous() for name, array in named_values(outputs).items()}
+    tensors = {f"input.{name}": tensor for name, tensor in named_values(inputs).items()}
+    tensors |= {f"output.{name}": torch.as_tensor(array) for name, array in named_values(outputs).items()}
     kind = "mapping" if isinstance(inputs, Mapping) else "tuple" if isinstance(inputs, tuple | list) else "tensor"
-    save_file(tensors, folder / EXAMPLE, metadata={"inputs": kind})
+    save_file(_apart(tensors), folder / EXAMPLE, metadata={"inputs": kind})
+
+
+def read_example(folder: str | Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The example of an export folder: its inputs as the model takes them, and the outputs by name."""
+    with safe_open(Path(folder) / EXAMPLE, framework="pt") as file:
+        kind = file.metadata()["inputs"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    inputs = {name.removeprefix("input."): tensor for name, tensor in tensors.items() if name.startswith("input.")}
+    outputs = {name.removeprefix("output."): tensor for name, tensor in tensors.items() if name.startswith("output.")}
+    return _INPUTS[kind](inputs), outputs
+
+
+_INPUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "tensor": lambda named: named["0"],
+    "tuple": lambda named: tuple(named[str(i)] for i in range(len(named))),
+    "mapping": lambda named: named,
+}
 
 
 def named_values(values: Any) -> dict[str, Any]:
@@ -197,15 +233,17 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import ranksearch as rs
+from ranksearch.export import named_values, read_example
+from ranksearch.layers import call_model
 from ranksearch.spec import load_study
 
 here = Path(__file__).parent
 model = rs.load(here, load_study(sys.argv[1]).model())
-example = load_file(here / "example.safetensors")
+inputs, expected = read_example(here)
 with torch.no_grad():
-    output = model(example["input.0"])
-print("largest difference to the recorded output:", float((output - example["output.0"]).abs().max()))
+    outputs = named_values(call_model(model, inputs))
+differences = [float((outputs[name] - expected[name]).abs().max()) for name in expected]
+print("largest difference to the recorded output:", max(differences))
 '''

@@ -1,6 +1,7 @@
 """Where a study's state lies on disk: names of files, nothing more."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from ranksearch.cache import write_atomically
 from ranksearch.errors import StudyError
 
 DEFAULT_HOME = Path(".ranksearch")
+_MOVED_ASIDE = re.compile(r"\.old-\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +74,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def studies_in(home: Path) -> list[StudyHome]:
-    """The studies under `home`, the most recently touched first."""
-    found = [StudyHome(file.parent) for file in home.glob("*/study.json")]
+    """The studies under `home`, the most recently touched first; those that --new moved aside are left out."""
+    found = [StudyHome(file.parent) for file in home.glob("*/study.json") if not _MOVED_ASIDE.search(file.parent.name)]
     return sorted(found, key=lambda study: study.study.stat().st_mtime, reverse=True)
 
 
 def find_study(home: Path, name: str | None) -> StudyHome:
     """The study of that name, or the only one. Raises StudyError that lists what there is."""
     studies = studies_in(home)
-    if name is not None:
-        matching = [study for study in studies if study.name == name]
-    else:
-        matching = studies
-    if len(matching) == 1:
-        return matching[0]
+    if name is not None and StudyHome(home / name).study.is_file():
+        return StudyHome(home / name)
+    if name is None and len(studies) == 1:
+        return studies[0]
     listed = ", ".join(sorted(study.name for study in studies)) or "none; start one with `ranksearch run STUDY.py`"
     wanted = f"no study {name!r}" if name is not None else "more than one study" if studies else "no study"
     raise StudyError(f"{wanted} in {home} (there: {listed}); name a script or --study NAME, and --home where it lies")

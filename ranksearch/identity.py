@@ -1,7 +1,11 @@
 """What a study is made of, as hashes: what may not change when it is resumed."""
 
+import functools
 import inspect
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ranksearch.cache import content_hash
 from ranksearch.candidates import Profile
@@ -30,26 +34,28 @@ def function_identity(function: Any) -> str:
     """The function's name, and a hash of its source where there is one."""
     if isinstance(function, CorpusScore):
         return f"corpus {function_identity(function.function)}"
+    if isinstance(function, functools.partial):
+        settings = {"args": repr(function.args), "keywords": repr(sorted(function.keywords.items()))}
+        return f"partial {function_identity(function.func)} {content_hash(settings)[:12]}"
     name = getattr(function, "__qualname__", type(function).__qualname__)
     try:
-        source = inspect.getsource(function if callable(function) and inspect.isroutine(function) else type(function))
+        source = inspect.getsource(function if inspect.isroutine(function) else type(function))
     except (OSError, TypeError):
         return name
     return f"{name} {content_hash(source)[:12]}"
 
 
-def _model_parts(bench: Workbench) -> list[bytes]:
-    """Names and bytes of the dense model's parameters and buffers."""
-    parts = []
-    for name, tensor in bench.model.state_dict().items():
-        parts += [name.encode(), tensor.detach().cpu().contiguous().view(-1).numpy().tobytes()]
-    return parts
+def _model_parts(bench: Workbench) -> list[str]:
+    """Names and hashes of the dense model's parameters and buffers."""
+    return [f"{name} {_tensor_hash(tensor)}" for name, tensor in bench.model.state_dict().items()]
 
 
-def _data_parts(bench: Workbench) -> list[bytes]:
-    """The bytes of the validation data; calibration and train may shuffle and augment."""
-    return [
-        tensor.detach().cpu().contiguous().numpy().tobytes()
-        for inputs, targets in bench.data.validation
-        for tensor in (*tensors(inputs), *tensors(targets))
-    ]
+def _data_parts(bench: Workbench) -> list[str]:
+    """The hashes of the validation data; calibration and train may shuffle and augment."""
+    return [_tensor_hash(tensor) for batch in bench.data.validation for tensor in tensors(batch)]
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    # As bytes, since numpy knows no bfloat16.
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return content_hash(str(tensor.dtype), list(tensor.shape), data)

@@ -62,7 +62,9 @@ def compare(
     `block_seconds` or one call, so that a drifting machine touches both alike. The ratio is the median over blocks,
     its interval that of order statistics. At least 6 blocks; `n_blocks` unless `max_seconds` are over before; then
     more, up to four times as many, until the interval is within `narrow` of the ratio on either side.
+    `$RANKSEARCH_MAX_TIMING_SECONDS` caps `max_seconds`: a quick look, paid for with wider intervals.
     """
+    max_seconds = min(max_seconds, float(os.environ.get("RANKSEARCH_MAX_TIMING_SECONDS", "inf")))
     start = clock()
     calls = {name: _Timed(call, block_seconds, clock) for name, call in (("c", candidate), ("r", reference))}
     order = random.Random(seed)

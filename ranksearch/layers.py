@@ -86,7 +86,7 @@ def layer_spec(module: nn.Module) -> LayerSpec | None:
             padding=cast("tuple[int, int] | str", module.padding),
             dilation=cast(tuple[int, int], module.dilation),
             groups=module.groups,
-            padding_mode=cast(PaddingMode, module.padding_mode),
+            padding_mode=module.padding_mode,
             bias=module.bias is not None,
         )
     return None

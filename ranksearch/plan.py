@@ -126,9 +126,11 @@ class Plan(_Value):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def summary(self) -> str:
-        """How many layers got what: `14x tucker2 8/8, 4x none 8/8`."""
+        """How many layers got what: `14x tucker2 8/8, 4x none 8/8`; `dense` where none is changed."""
+        if not self.changes():
+            return "dense"
         kinds = Counter(f"{c.decomposition} {c.bits}" for c in self.layers.values())
-        return ", ".join(f"{n}x {kind}" for kind, n in kinds.most_common()) or "dense"
+        return ", ".join(f"{n}x {kind}" for kind, n in kinds.most_common())
 
 
 def _explain(error: ValidationError) -> str:

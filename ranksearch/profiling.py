@@ -11,7 +11,7 @@ from torch import nn
 
 from ranksearch.cache import Cache, content_hash
 from ranksearch.candidates import Candidate, LayerProfile, Profile
-from ranksearch.compression import Factorisations, compress, packed_bytes, rebuild
+from ranksearch.compression import Factorisations, compress, rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.latency import compare
 from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating
@@ -21,8 +21,7 @@ from ranksearch.runtimes import AbstractRuntime
 from ranksearch.scoring import output_distance
 from ranksearch.spec import Objective, Space, Target
 from ranksearch.statistics import predicted_loss
-
-__all__ = ["Candidate", "LayerProfile", "LayerTimer", "Profile", "ProfileMaker", "uniform_plan"]
+from ranksearch.weights import packed_bytes
 
 MAX_CANDIDATES = 12
 RANKS_TIMED = 5
@@ -99,17 +98,17 @@ class ProfileMaker:
     def _candidates(self, info: LayerInfo, kept: set[LayerChoice]) -> tuple[Candidate, ...]:
         losses = self._losses(info, kept)
         layer = self.model.get_submodule(info.name)
-        sizes = {choice: _layer_bytes(layer, choice) for choice in losses}
+        alone = nn.Sequential(layer)
+        sizes = {choice: packed_bytes(rebuild(alone, Plan(layers={"0": choice}))) for choice in losses}
         worth_timing = [
             choice
             for group in _by_bits(losses).values()
             for choice in _undominated(group, kept, lambda c: (losses[c], sizes[c], _macs(info, c)))
         ]
-        times = {choice: self.time_layer(info, layer, choice) for choice in worth_timing}
-        reference_ms = float(np.median([reference for _, reference in times.values()])) * info.n_calls
+        ratios, dense_ms = self._times(info, layer, worth_timing)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {
             "drop": losses.__getitem__,
-            "latency": lambda choice: times[choice][0],
+            "latency": ratios.__getitem__,
             "bytes": sizes.__getitem__,
         }
         undominated = _undominated(
@@ -117,15 +116,20 @@ class ProfileMaker:
         )
         chosen = _thinned(sorted(undominated, key=losses.__getitem__), kept)
         candidates = [
-            Candidate(
-                choice=choice,
-                loss=losses[choice],
-                latency_ms=(1.0 if choice == DENSE else times[choice][0]) * reference_ms,
-                n_bytes=sizes[choice],
-            )
+            Candidate(choice=choice, loss=losses[choice], latency_ms=ratios[choice] * dense_ms, n_bytes=sizes[choice])
             for choice in chosen
         ]
-        return tuple(sorted(candidates, key=lambda candidate: candidate.latency_ms))
+        return tuple(sorted(candidates, key=lambda candidate: (candidate.latency_ms, candidate.loss)))
+
+    def _times(
+        self, info: LayerInfo, layer: nn.Module, choices: Sequence[LayerChoice]
+    ) -> tuple[dict[LayerChoice, float], float]:
+        """Each choice's latency ratio to dense, and dense's milliseconds in all its calls."""
+        # Dense is timed as the others' reference, and is 1 by definition.
+        timed = [choice for choice in choices if choice != DENSE] or [DENSE]
+        times = {choice: self.time_layer(info, layer, choice) for choice in timed}
+        dense_ms = float(np.median([reference_ms for _, reference_ms in times.values()])) * info.n_calls
+        return {**{choice: ratio for choice, (ratio, _) in times.items()}, DENSE: 1.0}, dense_ms
 
     def _losses(self, info: LayerInfo, kept: set[LayerChoice]) -> dict[LayerChoice, float]:
         """The predicted loss of each choice in nats of KL to dense.
@@ -137,17 +141,17 @@ class ProfileMaker:
         raw = dict(self._closed_forms(info, kept))
         reference = _middle(raw)
         scale = 1.0 if reference is None else self._measured(info.name, reference) / raw[reference]
-        quantized = LayerChoice(weight_bits=8, activation_bits=8)
-        quantization_loss = self._measured(info.name, quantized) if (8, 8) in bits else 0.0
-        losses = {}
-        for shape, loss in {DENSE: 0.0, **raw}.items():
-            for weight_bits, activation_bits in bits:
-                choice = shape.model_copy(update={"weight_bits": weight_bits, "activation_bits": activation_bits})
-                losses[choice] = loss * scale + (quantization_loss if weight_bits == 8 else 0.0)
-        return {choice: loss for choice, loss in losses.items() if self._offered(choice, bits) or choice in kept}
-
-    def _offered(self, choice: LayerChoice, bits: Sequence[tuple[int, int]]) -> bool:
-        return choice == DENSE or choice.decomposition in self.space.decompositions
+        floats = {DENSE: 0.0, **{shape: loss * scale for shape, loss in raw.items()}}
+        offered = [
+            _with_bits(shape, b) for shape in floats for b in bits if shape.decomposition in self.space.decompositions
+        ]
+        choices = sorted({*offered, *kept}, key=LayerChoice.key)
+        any_quantized = any(choice.weight_bits == 8 for choice in choices)
+        quantization_loss = self._measured(info.name, _with_bits(DENSE, (8, 8))) if any_quantized else 0.0
+        return {
+            choice: floats[_with_bits(choice, (32, 32))] + (quantization_loss if choice.weight_bits == 8 else 0.0)
+            for choice in choices
+        }
 
     def _closed_forms(self, info: LayerInfo, kept: set[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
         """Predicted losses, not yet to scale, of the choices that shrink the layer, in float."""
@@ -175,33 +179,9 @@ class ProfileMaker:
         return max(float(np.mean(distances)), 1e-12)
 
 
-def uniform_plan(
-    layers: Mapping[str, LayerInfo], decompositions: Sequence[str], share: float, rank_multiple: int, bits: int
-) -> Plan:
-    """Each layer at about `share` of its weights, by the first of `decompositions` that can; else left whole."""
-    choices = {}
-    for name, info in layers.items():
-        choice = LayerChoice(weight_bits=bits, activation_bits=bits)  # type: ignore[arg-type]
-        for decomposition in decompositions:
-            method = DECOMPOSITIONS[decomposition]
-            if method.refuse(info.spec) is None:
-                ranks = method.uniform_ranks(info.spec, method.options[0], share, rank_multiple)
-                if ranks is not None:
-                    choice = choice.model_copy(
-                        update={"decomposition": decomposition, "ranks": ranks, "options": dict(method.options[0])}
-                    )
-                    break
-        choices[name] = choice
-    return Plan(layers=choices)
-
-
 def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[LayerChoice]:
     """The float choices that shrink a layer: a spread of ranks per decomposition, and those that must be kept."""
-    shapes = {
-        choice.model_copy(update={"weight_bits": 32, "activation_bits": 32})
-        for choice in kept
-        if choice.decomposition != "none"
-    }
+    shapes = {_with_bits(choice, (32, 32)) for choice in kept if choice.decomposition != "none"}
     for name in space.decompositions:
         method = DECOMPOSITIONS[name]
         if name == "none" or method.refuse(spec) is not None:
@@ -212,6 +192,10 @@ def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[Layer
                 LayerChoice(decomposition=name, ranks=r, options=dict(options)) for r in _spread(ranks, RANKS_TIMED)
             )
     return sorted(shapes, key=LayerChoice.key)
+
+
+def _with_bits(choice: LayerChoice, bits: tuple[int, int]) -> LayerChoice:
+    return choice.model_copy(update={"weight_bits": bits[0], "activation_bits": bits[1]})
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -254,10 +238,6 @@ def _thinned(ordered: list[LayerChoice], kept: set[LayerChoice]) -> list[LayerCh
 def _scaled(layer: LayerProfile, scale: float) -> LayerProfile:
     candidates = (c.model_copy(update={"latency_ms": c.latency_ms * scale}) for c in layer.candidates)
     return layer.model_copy(update={"candidates": tuple(candidates)})
-
-
-def _layer_bytes(layer: nn.Module, choice: LayerChoice) -> int:
-    return packed_bytes(rebuild(nn.Sequential(layer), Plan(layers={"0": choice})))
 
 
 def _macs(info: LayerInfo, choice: LayerChoice) -> float:

@@ -1,39 +1,73 @@
 """Measure finished plans anew, from their artefacts alone: latency, and accuracy on the runtime itself."""
 
+import contextlib
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ranksearch.errors import MeasurementError
 from ranksearch.evaluation import latency_columns
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.latency import compare, device_lock
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
 from ranksearch.spec import load_study
-from ranksearch.workbench import Workbench, open_workbench, session_predict, to_arrays
+from ranksearch.workbench import SessionModel, Workbench, open_workbench, to_arrays
 
 Figures = dict[str, float | None]
 
-
-def remeasure_in_fresh_process(script: Path, home: StudyHome, plan_hashes: list[str], dense_latency_ms: float) -> None:
-    """Measures the plans in a process of its own, which imports the study script, and stores their figures."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        pool.submit(_remeasure_script, script, home, plan_hashes, dense_latency_ms).result()
+# What a member of the front may take to narrow its latency's interval.
+MAX_LATENCY_SECONDS = 3.0
 
 
-def remeasure(
+def remeasure_in_fresh_process(
+    script: Path,
+    home: StudyHome,
+    plan_hashes: list[str],
+    dense_latency_ms: float,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Measures the plans in a process of its own, which imports the study script, and stores their figures.
+
+    Ends early once `should_stop` says so: each plan's figures are stored as it ends. Raises MeasurementError with
+    the last line that the process wrote where it fails.
+    """
+    # Not multiprocessing: its children run the user's main script again.
+    words = [sys.executable, "-m", "ranksearch.remeasure", str(script), str(home.directory), repr(dense_latency_ms)]
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        # In a session of its own, so that Ctrl-C reaches the parent alone, which then ends it.
+        process = subprocess.Popen(
+            [*words, *plan_hashes], stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
+        try:
+            while process.poll() is None and not should_stop():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.2)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        said.seek(0)
+        last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
+    if process.returncode != 0 and not should_stop():
+        raise MeasurementError(f"measuring the front again in a fresh process failed: {last}")
+
+
+def remeasure_plans(
     bench: Workbench,
     home: StudyHome,
     plan_hashes: list[str],
     dense_latency_ms: float,
     on_plan: Callable[[str], None] = lambda _hash: None,
+    max_seconds: float = MAX_LATENCY_SECONDS,
 ) -> dict[str, Figures]:
     """Measures the plans that were not measured yet, stores the figures of each as it ends, and gives them all."""
     known: dict[str, Figures] = dict(read_json(home.remeasured))
-    judge = Judge(bench)
+    judge = Judge(bench, max_seconds)
     for plan_hash in plan_hashes:
         artefact = read_json(home.plan(plan_hash) / "runtime.json").get("artefact")
         if plan_hash in known or artefact is None:
@@ -48,8 +82,9 @@ def remeasure(
 class Judge:
     """Measures opened artefacts against dense; dense is scored on the runtime once."""
 
-    def __init__(self, bench: Workbench) -> None:
+    def __init__(self, bench: Workbench, max_seconds: float = MAX_LATENCY_SECONDS) -> None:
         self.bench = bench
+        self.max_seconds = max_seconds
         self._dense: dict[str, Scores] = {}
 
     def figures(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
@@ -57,7 +92,7 @@ class Judge:
         bench = self.bench
         run = session.bind(to_arrays(bench.example))
         with device_lock(bench.spec.target):
-            latency = compare(run, bench.dense.run, n_blocks=40, max_seconds=3.0, seed=bench.spec.seed)
+            latency = compare(run, bench.dense.run, n_blocks=40, max_seconds=self.max_seconds, seed=bench.spec.seed)
         figures: Figures = dict(latency_columns(latency, dense_latency_ms))
         figures |= self.accuracy(session, "validation", "runtime_")
         if bench.data.test is not None:
@@ -74,8 +109,9 @@ class Judge:
         return drop_columns(scores.value, drop, prefix)
 
     def _score(self, session: AbstractSession, split: str) -> Scores:
-        predict = session_predict(session, self.bench.spec.target.batch_size)
-        return self.bench.score(predict, getattr(self.bench.data, split))
+        # A module, since scores of the kind evaluate(model) may use it as one.
+        model = SessionModel(session, self.bench.spec.target.batch_size).eval()
+        return self.bench.score(model, getattr(self.bench.data, split))
 
 
 def drop_columns(accuracy: float, drop: Drop, prefix: str) -> Figures:
@@ -97,11 +133,17 @@ def has_gap(row: Mapping[str, Any], figures: Figures) -> bool:
     return bool(abs(accuracy - on_runtime) > high - low)
 
 
-def _remeasure_script(script: Path, home: StudyHome, plan_hashes: list[str], dense_latency_ms: float) -> None:
-    bench = open_workbench(load_study(script))
-    remeasure(bench, home, plan_hashes, dense_latency_ms)
-
-
 def target_record(bench: Workbench) -> dict[str, Any]:
     """The target and its fingerprint, as `study.json` holds them."""
     return {"target": asdict(bench.spec.target), "fingerprint": bench.runtime.fingerprint(bench.spec.target)}
+
+
+def main() -> None:
+    """`python -m ranksearch.remeasure SCRIPT HOME DENSE_LATENCY_MS PLAN_HASH...`"""
+    script, directory, dense_latency_ms, *plan_hashes = sys.argv[1:]
+    bench = open_workbench(load_study(script))
+    remeasure_plans(bench, StudyHome(Path(directory)), plan_hashes, float(dense_latency_ms))
+
+
+if __name__ == "__main__":
+    main()

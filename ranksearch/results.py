@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ranksearch.errors import StudyError
+from ranksearch.errors import NoPlanError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
 from ranksearch.optimization import ResolvedLimits, TrialRecord, front
 from ranksearch.pareto import REFERENCE_POINT, hypervolume, knee
@@ -24,41 +24,58 @@ def trial_rows(
 ) -> list[Row]:
     """One row per plan that has values, in the order of the trials.
 
-    Latencies measured anew stand in place of those of the trial; a plan whose accuracy on the runtime is not that of
-    torch is off the front.
+    Latencies measured anew stand in place of those of the trial, and feasibility is judged by them; a plan whose
+    accuracy on the runtime is not that of torch is off the front, and keeps no other off it.
     """
-    on_front = {record.number for record in front(records, objectives)}
+    gapped = {r.plan.hash() for r in records if r.evaluation is not None and _has_gap(r.evaluation, remeasured)}
+    on_front = {record.number for record in front([r for r in records if r.plan.hash() not in gapped], objectives)}
     rows = []
     for record in records:
         if record.evaluation is None or record.duplicate_of is not None:
             continue
-        row = evaluation_row(record.evaluation, limits)
+        row = _columns(record.evaluation) | {
+            name: value for name, value in remeasured.get(record.plan.hash(), {}).items() if name in FRONT_COLUMNS
+        }
         row |= {"trial": record.number, "run_id": record.run_id, "origin": record.origin}
         row["pareto"] = record.number in on_front
-        figures = remeasured.get(record.plan.hash())
-        if figures is not None:
-            row["pareto"] = row["pareto"] and not has_gap(row, figures)
-            row |= {name: value for name, value in figures.items() if name in FRONT_COLUMNS}
-        row["summary"] = summary(record.plan, row)
-        rows.append(row)
+        rows.append(judged(row, limits) | {"summary": summary(record.plan, row)})
     return rows
 
 
 def evaluation_row(evaluation: Evaluation, limits: ResolvedLimits) -> Row:
     """An evaluation in the front's columns; what it does not say is None."""
-    row: Row = dict.fromkeys(FRONT_COLUMNS)
-    row |= {name: value for name, value in evaluation if name in FRONT_COLUMNS}
-    complete = evaluation.accuracy_drop is not None
-    row["feasible"] = complete and limits.feasible(evaluation)
-    row["surely_feasible"] = complete and limits.feasible(evaluation, surely=True)
-    row["pareto"] = False
-    row["summary"] = summary(evaluation.plan, row)
-    return row
+    row = _columns(evaluation)
+    return judged(row, limits) | {"pareto": False, "summary": summary(evaluation.plan, row)}
+
+
+def judged(row: Row, limits: ResolvedLimits) -> Row:
+    """The row with its feasibility under these limits, by its present figures."""
+    bounds = limits.to_json()
+    estimates = {"drop": row["accuracy_drop"], "latency": row["latency_ratio"], "bytes": row["bytes_ratio"]}
+    worst = {"drop": row["drop_high"], "latency": row["ratio_high"], "bytes": row["bytes_ratio"]}
+
+    def meets(figures: Mapping[str, float | None]) -> bool:
+        return all(
+            limit is None or (figure is not None and figure <= limit)
+            for limit, figure in ((bounds[name], figures[name]) for name in bounds)
+        )
+
+    complete = row["accuracy_drop"] is not None
+    return {**row, "feasible": complete and meets(estimates), "surely_feasible": complete and meets(worst)}
+
+
+def _columns(evaluation: Evaluation) -> Row:
+    return dict.fromkeys(FRONT_COLUMNS) | {name: value for name, value in evaluation if name in FRONT_COLUMNS}
+
+
+def _has_gap(evaluation: Evaluation, remeasured: Mapping[str, Figures]) -> bool:
+    figures = remeasured.get(evaluation.plan.hash())
+    return figures is not None and has_gap(_columns(evaluation), figures)
 
 
 def summary(plan: Plan, row: Mapping[str, Any]) -> str:
     """`14x tucker2 8/8, 4x none 8/8: 2.1x faster, 3.8x smaller, -0.4±0.3`; drops in points where scores are shares."""
-    what = plan.summary()
+    what = plan.summary() if plan.changes() else "dense"
     figures = [_times(row["latency_ratio"], "faster", "slower"), _times(row["bytes_ratio"], "smaller", "larger")]
     if row.get("accuracy_drop") is not None:
         figures.append(_points(row))
@@ -95,7 +112,7 @@ def resolve_goals(goals: Goals, dense_score: float, dense_latency_ms: float, den
 def choose(rows: Sequence[Row], *, minimize: str = "latency") -> tuple[Row, str]:
     """The compressed row of the front with the least `minimize`, and a sentence on how sure it is.
 
-    Surely feasible rows come first, then feasible ones. Raises StudyError where no compressed plan is feasible.
+    Surely feasible rows come first, then feasible ones. Raises NoPlanError where no compressed plan is feasible.
     """
     if minimize not in MINIMIZED:
         raise StudyError(f"minimize {minimize!r} is unknown; it is one of {', '.join(MINIMIZED)}")
@@ -107,8 +124,8 @@ def choose(rows: Sequence[Row], *, minimize: str = "latency") -> tuple[Row, str]
         candidates = [row for row in compressed if row[column]]
         if candidates:
             return min(candidates, key=lambda row: (row[MINIMIZED[minimize]], row["trial"])), sentence
-    raise StudyError(
-        "no compressed plan meets the goals; run more trials, or export one by --trial N out of `ranksearch front --all`"
+    raise NoPlanError(
+        "no compressed plan meets the goals; run more trials, or export --trial N out of `ranksearch front --all`"
     )
 
 
@@ -159,7 +176,7 @@ def _times(ratio: float, better: str, worse: str) -> str:
 def _points(row: Mapping[str, Any]) -> str:
     """The change of the score with half the width of its interval; in points where the score is a share."""
     scale = 100 if 0 <= row["accuracy"] <= 1 else 1
-    change = -scale * row["accuracy_drop"]
+    change = round(-scale * row["accuracy_drop"], 1) + 0.0  # no "-0.0"
     if row.get("drop_low") is None:
         return f"{change:+.1f}"
     return f"{change:+.1f}±{scale * (row['drop_high'] - row['drop_low']) / 2:.1f}"

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranksearch.candidates import Profile
+from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, export_bundle
 from ranksearch.home import StudyHome, read_json
-from ranksearch.optimization import ResolvedLimits, read_study, records
+from ranksearch.optimization import ResolvedLimits, read_records, read_study
 from ranksearch.plan import Plan, Provenance
 from ranksearch.report import ExportFacts, export_report
-from ranksearch.results import Row, choose, resolve_goals, trial_rows
+from ranksearch.results import Row, choose, judged, resolve_goals, trial_rows
 from ranksearch.spec import Goals, Objective
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class SearchResult:
     def best(self, *, max_drop: float | None = None, minimize: str = "latency") -> Plan:
         """The front's plan with the least `minimize` (latency, size, drop) that meets the goals, or this drop.
 
-        Raises StudyError where no compressed plan does.
+        Raises NoPlanError where no compressed plan does.
         """
         rows = self.rows
         if max_drop is not None:
@@ -56,8 +56,6 @@ def as_table(rows: Sequence[Row]) -> "pandas.DataFrame":
     """Rows as a table with the front's columns."""
     import pandas
 
-    from ranksearch.evaluation import FRONT_COLUMNS
-
     return pandas.DataFrame(rows, columns=list(FRONT_COLUMNS))
 
 
@@ -67,7 +65,7 @@ def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
     objectives: tuple[Objective, ...] = tuple(record["objectives"])
     optuna_study = read_study(storage or home.directory, record["name"])
     limits = _stored_limits(optuna_study.user_attrs["limits"])
-    history = records(optuna_study)
+    history = read_records(optuna_study)
     return SearchResult(
         home=home,
         rows=trial_rows(history, objectives, limits, read_json(home.remeasured)),
@@ -98,6 +96,8 @@ def export_plan(
         result = _with_goals(result, goals)
     row, note = _chosen(result, minimize, trial, run_id)
     plan = result.plans[row["trial"]]
+    if not _has_weights(home, plan):
+        raise StudyError(f"the weights of trial {row['trial']} are gone; {_nearest(result, row)}")
     record = read_json(home.study)
     provenance = Provenance(study=record["name"], trial=row["trial"], seed=record.get("seed"))
     measured = {name: row[name] for name in FRONT_COLUMNS} | {"dense_latency_ms": record["dense_latency_ms"]}
@@ -106,7 +106,7 @@ def export_plan(
 
 
 def plan_layers(profile: Profile, plan: Plan) -> list[Row]:
-    """Layer by layer what was chosen, its predicted loss, and the milliseconds and bytes that it saves."""
+    """Layer by layer what was chosen, its predicted loss, what it saves in milliseconds and bytes, and why."""
     rows = []
     for layer in profile.layers:
         dense, chosen = layer.candidates[layer.dense], layer.candidates[layer.index(plan.choice(layer.name))]
@@ -117,9 +117,32 @@ def plan_layers(profile: Profile, plan: Plan) -> list[Row]:
                 "predicted_loss": chosen.loss,
                 "saved_ms": dense.latency_ms - chosen.latency_ms,
                 "saved_bytes": dense.n_bytes - chosen.n_bytes,
+                "why": _why(layer, chosen),
             }
         )
     return rows
+
+
+def _why(layer: LayerProfile, chosen: Candidate) -> str:
+    """How a choice stands among the layer's candidates."""
+    others = [candidate for candidate in layer.candidates if candidate != chosen]
+    if not others:
+        return "the only candidate"
+    reasons = []
+    if chosen.loss <= min(c.loss for c in others):
+        reasons.append("mildest")
+    if chosen.latency_ms <= min(c.latency_ms for c in others):
+        reasons.append("fastest")
+    if chosen.n_bytes <= min(c.n_bytes for c in others):
+        reasons.append("smallest")
+    if reasons:
+        return f"{' and '.join(reasons)} of {len(layer.candidates)}"
+    as_fast = [c for c in others if c.latency_ms <= chosen.latency_ms]
+    if all(c.loss >= chosen.loss for c in as_fast):
+        return "mildest of those as fast"
+    if all(c.loss >= chosen.loss for c in others if c.n_bytes <= chosen.n_bytes):
+        return "mildest of those as small"
+    return "tried for its place between others"
 
 
 def read_profile(home: StudyHome) -> Profile:
@@ -162,27 +185,27 @@ def _chosen(result: SearchResult, minimize: str, trial: int | None, run_id: str 
     raise StudyError(f"there is no {wanted} with values; `ranksearch front --all` lists them")
 
 
+def _has_weights(home: StudyHome, plan: Plan) -> bool:
+    return (home.plan(plan.hash()) / PLAN).is_file()
+
+
+def _nearest(result: SearchResult, row: Row) -> str:
+    """What to export in place of a row whose weights are gone: the most similar plan of the front that has its own."""
+    kept = [
+        r for r in result.rows if r["pareto"] and (result.home.plan(result.plans[r["trial"]].hash()) / PLAN).is_file()
+    ]
+    if not kept:
+        return "no plan of the front has any; run the study again with --new"
+    columns = ("accuracy_drop", "latency_ratio", "bytes_ratio")
+    nearest = min(kept, key=lambda r: sum((r[name] - row[name]) ** 2 for name in columns))
+    return f"the nearest plan of the front is --trial {nearest['trial']}: {nearest['summary']}"
+
+
 def _with_goals(result: SearchResult, goals: Goals) -> SearchResult:
     """The result, judged by other goals."""
     record = read_json(result.home.study)
     limits = resolve_goals(goals, record["dense_accuracy"], record["dense_latency_ms"], record["dense_bytes"])
-    return replace(result, rows=[_judged(row, limits) for row in result.rows], limits=limits)
-
-
-def _judged(row: Row, limits: ResolvedLimits) -> Row:
-    """The row with its feasibility under these limits."""
-    bounds = limits.to_json()
-    estimates = {"drop": row["accuracy_drop"], "latency": row["latency_ratio"], "bytes": row["bytes_ratio"]}
-    worst = {"drop": row["drop_high"], "latency": row["ratio_high"], "bytes": row["bytes_ratio"]}
-
-    def meets(figures: Mapping[str, float | None]) -> bool:
-        return all(
-            limit is None or (figure is not None and figure <= limit)
-            for limit, figure in ((bounds[name], figures[name]) for name in bounds)
-        )
-
-    complete = row["accuracy_drop"] is not None
-    return {**row, "feasible": complete and meets(estimates), "surely_feasible": complete and meets(worst)}
+    return replace(result, rows=[judged(row, limits) for row in result.rows], limits=limits)
 
 
 def _test_note(result: SearchResult, row: Row) -> str:

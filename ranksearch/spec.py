@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ranksearch.errors import StudyError
+from ranksearch.goals import Limit, parse_drop, parse_latency, parse_size
 
 Batches = Iterable[tuple[Any, Any]]
 Objective = Literal["drop", "latency", "bytes"]
 OBJECTIVES: tuple[Objective, ...] = ("drop", "latency", "bytes")
+WEIGHT_BITS = (32, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,57 +42,15 @@ class Target:
     threads: int | None = None
     precision: str = "f32"
 
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """A parsed goal: `value` in the unit `kind` (absolute, relative, ms, bytes, ratio)."""
-
-    value: float
-    kind: Literal["absolute", "relative", "ms", "bytes", "ratio"]
-
-    def resolve(self, dense: float) -> float:
-        """The limit in the unit of `dense`, the dense model's own figure."""
-        return self.value * dense if self.kind in ("relative", "ratio") else self.value
-
-
-_NUMBER = r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*"
-_SECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
-_BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-def parse_drop(text: str | float) -> Limit:
-    """`1%` is 0.01 in score units, `1%rel` relative to dense, a bare number is in score units."""
-    if isinstance(text, int | float):
-        if not 0 <= text < float("inf"):
-            raise StudyError(f"max_drop {text!r} must be a number from 0 up")
-        return Limit(float(text), "absolute")
-    match = re.fullmatch(_NUMBER + r"(%rel|%)?\s*", text)
-    if not match:
-        raise StudyError(f"max_drop {text!r} cannot be read; write '1%' (absolute), '1%rel' or 0.01")
-    value, unit = float(match[1]), match[2]
-    if unit is None:
-        return Limit(value, "absolute")
-    return Limit(value / 100, "relative" if unit == "%rel" else "absolute")
-
-
-def parse_latency(text: str) -> Limit:
-    """`5ms` is a time, `0.5x` a ratio to dense."""
-    match = re.fullmatch(_NUMBER + r"(us|ms|s|x)\s*", str(text))
-    if not match:
-        raise StudyError(f"max_latency {text!r} cannot be read; write '5ms' or '0.5x'")
-    value, unit = float(match[1]), match[2]
-    return Limit(value, "ratio") if unit == "x" else Limit(value * _SECONDS[unit], "ms")
-
-
-def parse_size(text: str) -> Limit:
-    """`2MB` is a size, `25%` (or `0.25x`) a share of dense."""
-    match = re.fullmatch(_NUMBER + r"(%|x|" + "|".join(_BYTES) + r")\s*", str(text))
-    if not match:
-        raise StudyError(f"max_size {text!r} cannot be read; write '2MB' or '25%'")
-    value, unit = float(match[1]), match[2]
-    if unit in "%x":
-        return Limit(value / 100 if unit == "%" else value, "ratio")
-    return Limit(value * _BYTES[unit], "bytes")
+    def __post_init__(self) -> None:
+        for name, value in (("batch_size", self.batch_size), ("threads", self.threads)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise StudyError(f"Target.{name} is {value!r}; it must be a whole number from 1 up")
+        if not isinstance(self.precision, str) or not self.precision:
+            # Which there are, each runtime knows for itself: users may register their own.
+            raise StudyError(
+                f"Target.precision is {self.precision!r}; write 'f32', 'default' or another of the runtime's"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +81,10 @@ class Goals:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """What may be chosen. `only` and `skip` are globs on layer names; ranks are multiples of `rank_multiple`."""
+    """What may be chosen. `only` and `skip` are globs on layer names; ranks are multiples of `rank_multiple`.
+
+    Raises StudyError for what cannot be chosen from.
+    """
 
     decompositions: tuple[str, ...] = ("none", "svd", "spatial_svd", "tucker2")
     weight_bits: tuple[int, ...] = (32, 8)
@@ -133,9 +96,14 @@ class Space:
         # Study scripts write lists; frozen values hold tuples.
         for name in ("decompositions", "weight_bits", "only", "skip"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                raise StudyError(f"Space.{name} is the string {value!r}; write [{value!r}]")
+            if isinstance(value, str | int):
+                raise StudyError(f"Space.{name} is {value!r}; write [{value!r}]")
             object.__setattr__(self, name, tuple(value))
+        unknown = [bits for bits in self.weight_bits if bits not in WEIGHT_BITS]
+        if unknown or not self.weight_bits:
+            raise StudyError(f"Space.weight_bits is {self.weight_bits}; what is built is {WEIGHT_BITS}, one or both")
+        if not self.decompositions:
+            raise StudyError("Space.decompositions is empty; name at least 'none'")
         if self.rank_multiple < 1:
             raise StudyError(f"Space.rank_multiple is {self.rank_multiple}; it must be at least 1")
 

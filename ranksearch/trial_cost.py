@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ranksearch.controls import control_plans
 from ranksearch.evaluation import Evaluator
 from ranksearch.recovery import count_steps
-from ranksearch.run import dense_latency
+from ranksearch.session import dense_latency
 from ranksearch.spec import StudySpec
 from ranksearch.workbench import open_workbench
 

@@ -4,26 +4,25 @@ import copy
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
 from torch import nn
 
-from ranksearch.compression import Factorisations, count_params, packed_bytes
-from ranksearch.errors import StudyError
-from ranksearch.layers import (
-    FoundLayers,
-    call_model,
-    compressible_layers,
-    count_macs,
-    evaluating,
-)
+from ranksearch.compression import Factorisations, count_params
+from ranksearch.decompositions import get_decomposition
+from ranksearch.errors import DecompositionError, StudyError
+from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime
 from ranksearch.scoring import Scores, same_twice, score_model
 from ranksearch.spec import Batches, Data, StudySpec
 from ranksearch.statistics import collect
 from ranksearch.trees import concatenate, count_rows, first_examples, map_tensors, pick_rows
+from ranksearch.weights import packed_bytes
+
+T = TypeVar("T")
+MAX_CALIBRATION_EXAMPLES = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,32 +70,28 @@ class Workbench:
         return Factorisations(self.model, statistics)
 
 
-MAX_CALIBRATION_EXAMPLES = 1024
-
-
 def open_workbench(spec: StudySpec) -> Workbench:
     """Loads the study's model and data, scores dense, and opens it on the target.
 
-    Raises StudyError for a model without compressible layers, data that yields nothing or differs between passes,
-    a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
+    Raises StudyError for a model without compressible layers, data that yields nothing, too little or not the same
+    twice, a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
     """
     runtime = get_runtime(spec.target.runtime)
     runtime.check(spec.target)
-    model = spec.model()
-    if not isinstance(model, nn.Module):
-        raise StudyError(f"study {spec.name!r}: model() gave a {type(model).__name__}, not a torch.nn.Module")
-    model = copy.deepcopy(model).eval()
-    data = spec.data()
-    calibration = _take(data.calibration, MAX_CALIBRATION_EXAMPLES)
-    if not calibration:
-        raise StudyError(f"study {spec.name!r}: the calibration data yields nothing")
+    _check_decompositions(spec)
+    model = copy.deepcopy(_given(spec, "model", spec.model(), nn.Module)).eval()
+    data = _given(spec, "data", spec.data(), Data)
+    calibration = _take_calibration(spec, data)
     _check_dense(model, spec, calibration[0])
     for name in ("validation", "test"):
         batches = getattr(data, name)
         if batches is not None:
             same_twice(batches, name)
+    if data.train is not None and next(iter(data.train), None) is None:
+        raise StudyError(f"study {spec.name!r}: the training data yields no example; leave `train` out, or fill it")
     example = first_rows(calibration, spec.target.batch_size)
-    found = _selected(compressible_layers(model, first_rows(calibration, 1)), spec)
+    # On the example, so that layers are timed at the batch size of the target.
+    found = _selected(compressible_layers(model, example), spec)
     session = runtime.prepare(model, example, spec.target)
     scores = score_model(model, data.validation, spec.score)
     dense = Dense(
@@ -119,19 +114,25 @@ def open_workbench(spec: StudySpec) -> Workbench:
     )
 
 
-def session_predict(session: AbstractSession, batch_size: int) -> Callable[[Any], Any]:
-    """The session as a function of torch inputs of any number of rows: it runs `batch_size` rows at a time."""
+@final
+class SessionModel(nn.Module):
+    """An opened model as a module of torch inputs of any number of rows: it runs `batch_size` rows at a time."""
 
-    def predict(inputs: Any) -> Any:
-        n_rows = count_rows(inputs)
+    def __init__(self, session: AbstractSession, batch_size: int) -> None:
+        super().__init__()
+        self.session = session
+        self.batch_size = batch_size
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The outputs as tensors, in the structure in which the session gives them."""
+        given = named or (inputs if len(inputs) > 1 else inputs[0])
+        n_rows = count_rows(given)
         outputs = []
-        for start in range(0, n_rows, batch_size):
+        for start in range(0, n_rows, self.batch_size):
             # The last rows are repeated to fill the batch, and cut off again.
-            rows = np.minimum(np.arange(start, start + batch_size), n_rows - 1)
-            outputs.append(torch.as_tensor(session.run(to_arrays(pick_rows(inputs, torch.as_tensor(rows))))))
-        return torch.cat(outputs)[:n_rows]
-
-    return predict
+            rows = torch.arange(start, start + self.batch_size).clamp(max=n_rows - 1)
+            outputs.append(map_tensors(self.session.run(to_arrays(pick_rows(given, rows))), torch.as_tensor))
+        return pick_rows(concatenate(outputs), slice(n_rows))
 
 
 def to_arrays(inputs: Any) -> Any:
@@ -144,25 +145,56 @@ def first_rows(batches: Batches, n_rows: int) -> Any:
     return concatenate(list(first_examples(batches, n_rows)))
 
 
-def _take(batches: Batches, n_examples: int) -> list[tuple[Any, Any]]:
-    """Whole batches until they hold `n_examples` rows."""
+def _check_decompositions(spec: StudySpec) -> None:
+    try:
+        for name in spec.space.decompositions:
+            get_decomposition(name)
+    except DecompositionError as error:
+        raise StudyError(f"study {spec.name!r}: Space.decompositions: {error}") from None
+
+
+def _given(spec: StudySpec, name: str, value: Any, wanted: type[T]) -> T:
+    """What the study's function `name` gave. Raises StudyError where it is something else."""
+    if not isinstance(value, wanted):
+        raise StudyError(f"study {spec.name!r}: {name}() gave a {type(value).__name__}, not a {wanted.__name__}")
+    return value
+
+
+def _take_calibration(spec: StudySpec, data: Data) -> list[tuple[Any, Any]]:
+    """Whole batches until they hold what calibration needs. Raises StudyError where they cannot fill the example."""
+    batch_size = spec.target.batch_size
     taken: list[tuple[Any, Any]] = []
     n_taken = 0
-    for inputs, targets in batches:
-        taken.append((inputs, targets))
-        n_taken += count_rows(inputs)
-        if n_taken >= n_examples:
+    for batch in data.calibration:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise StudyError(
+                f"study {spec.name!r}: a calibration batch is a {type(batch).__name__}; give pairs (inputs, targets)"
+            )
+        taken.append((batch[0], batch[1]))
+        n_taken += count_rows(batch[0])
+        if n_taken >= max(MAX_CALIBRATION_EXAMPLES, batch_size):
             break
+    if n_taken == 0:
+        raise StudyError(f"study {spec.name!r}: the calibration data yields nothing")
+    if n_taken < batch_size:
+        raise StudyError(
+            f"study {spec.name!r}: the calibration data has {n_taken} examples, fewer than "
+            f"Target.batch_size={batch_size}; give more, or a smaller batch"
+        )
     return taken
 
 
 def _check_dense(model: nn.Module, spec: StudySpec, batch: tuple[Any, Any]) -> None:
     inputs, targets = batch
     with evaluating(model):
-        loss = float(spec.loss(call_model(model, inputs), targets))
-    if not np.isfinite(loss):
+        loss = torch.as_tensor(spec.loss(call_model(model, inputs), targets))
+    if loss.numel() != 1:
         raise StudyError(
-            f"study {spec.name!r}: the dense model's loss on calibration data is {loss}; it must be finite"
+            f"study {spec.name!r}: the loss has shape {tuple(loss.shape)}; it must be one number, the batch's mean"
+        )
+    if not np.isfinite(float(loss)):
+        raise StudyError(
+            f"study {spec.name!r}: the dense model's loss on calibration data is {float(loss)}; it must be finite"
         )
 
 

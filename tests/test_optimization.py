@@ -11,7 +11,15 @@ from synthetic_study import INT8, Told, evaluate_as_predicted, make_controls, ma
 from ranksearch.candidates import LayerProfile, Profile
 from ranksearch.errors import MeasurementError, StudyError
 from ranksearch.evaluation import Evaluation
-from ranksearch.optimization import SAMPLERS, ResolvedLimits, TrialRecord, front, make_sampler, price_sweep, records
+from ranksearch.optimization import (
+    SAMPLERS,
+    ResolvedLimits,
+    TrialRecord,
+    front,
+    make_sampler,
+    price_sweep,
+    read_records,
+)
 from ranksearch.optimization.prices import coarse_to_fine
 from ranksearch.plan import Plan
 from ranksearch.spec import OBJECTIVES
@@ -37,7 +45,7 @@ def ran(told: Told) -> list[TrialRecord]:
 def test_controls_come_first_then_uniform_then_prices_then_the_sampler(sampler_name: str) -> None:
     with opened() as study:
         told = search(study, PROFILE, sampler_name=sampler_name, n_trials=12)
-        found = records(study)
+        found = read_records(study)
     origins = [origin for _, origin in told.started]
     assert origins[:3] == ["dense", "int8", "uniform"]
     n_swept = origins.count("prices")
@@ -54,7 +62,7 @@ def test_controls_come_first_then_uniform_then_prices_then_the_sampler(sampler_n
 def test_no_plan_runs_twice_and_every_trial_is_told(sampler_name: str) -> None:
     with opened() as study:
         told = search(study, PROFILE, sampler_name=sampler_name, n_trials=40)
-        found = records(study)
+        found = read_records(study)
     hashes = [record.plan.hash() for record in told.finished]
     assert len(set(hashes)) == len(hashes) == 42
     assert ran(told) == [record for record in found if record.duplicate_of is None]
@@ -66,7 +74,7 @@ def test_duplicates_are_told_with_the_stored_values_marked_and_not_counted() -> 
     profile = small_profile()
     with opened() as study:
         told = search(study, profile, controls=[], n_trials=8, n_prices=0)
-        found = {record.number: record for record in records(study)}
+        found = {record.number: record for record in read_records(study)}
         trials = study.get_trials()
     duplicates = [record for record in found.values() if record.duplicate_of is not None]
     assert duplicates and len(told.finished) == 8
@@ -117,7 +125,7 @@ def test_stopped_plans_are_pruned_with_their_metrics() -> None:
     for sampler_name in SAMPLERS:
         with opened(limits=limits) as study:
             search(study, PROFILE, evaluate, limits=limits, n_trials=25, sampler_name=sampler_name)
-            pruned = [record for record in records(study) if record.state == "pruned"]
+            pruned = [record for record in read_records(study) if record.state == "pruned"]
             trial = study.get_trials()[pruned[0].number]
         assert pruned[0].origin == "int8" and pruned[0].evaluation is not None
         assert pruned[0].evaluation.stopped == "too slow"
@@ -129,7 +137,7 @@ def test_constraints_are_how_far_a_plan_is_beyond_its_limits() -> None:
     limits = ResolvedLimits(max_drop=0.05, max_bytes_ratio=0.6)
     with opened(limits=limits) as study:
         search(study, PROFILE, limits=limits)
-        found, trials = records(study), study.get_trials()
+        found, trials = read_records(study), study.get_trials()
     for record in found:
         assert record.evaluation is not None
         expected = {"drop": record.evaluation.losses["drop"] - 0.05, "bytes": record.evaluation.bytes_ratio - 0.6}
@@ -157,7 +165,7 @@ def test_a_plan_that_fails_is_told_once_with_its_reason_and_the_study_goes_on(er
 
     with opened() as study:
         told = search(study, PROFILE, evaluate, n_trials=15)
-        found = records(study)
+        found = read_records(study)
     hashes = [plan.hash() for plan in calls]
     assert len(set(hashes)) == len(hashes)
     assert sum(record.counted for record in found) == 15
@@ -174,7 +182,7 @@ def test_a_plan_whose_drop_is_no_number_failed() -> None:
 def test_a_prediction_that_nobody_made_is_kept_as_it_is() -> None:
     with opened() as study:
         search(study, PROFILE, evaluate_as_predicted(PROFILE, predicted_loss=math.nan), n_trials=1)
-        evaluation = records(study)[0].evaluation
+        evaluation = read_records(study)[0].evaluation
     assert evaluation is not None and math.isnan(evaluation.predicted_loss)
 
 
@@ -187,11 +195,11 @@ def test_no_trial_is_started_that_cannot_end_in_time() -> None:
 
     with opened() as study:
         search(study, PROFILE, evaluate, deadline=55.0, clock=lambda: now[0], n_trials=100)
-        assert len(records(study)) == 5 and now[0] == 50.0
+        assert len(read_records(study)) == 5 and now[0] == 50.0
         search(study, PROFILE, evaluate, deadline=59.0, clock=lambda: now[0], n_trials=100)
-        assert len(records(study)) == 5
+        assert len(read_records(study)) == 5
         search(study, PROFILE, evaluate, deadline=61.0, clock=lambda: now[0], n_trials=100)
-        assert len(records(study)) == 6
+        assert len(read_records(study)) == 6
 
 
 def test_a_stop_during_an_evaluation_queues_the_plan_again() -> None:
@@ -207,10 +215,10 @@ def test_a_stop_during_an_evaluation_queues_the_plan_again() -> None:
     calls: list[str] = []
     with opened() as study:
         told = search(study, PROFILE, evaluate, should_stop=lambda: stop[0])
-        interrupted = records(study)[-1]
+        interrupted = read_records(study)[-1]
         assert told.failed[0].reason == interrupted.reason == "interrupted" and interrupted.queued_again
         again = search(study, PROFILE)
-        found = records(study)
+        found = read_records(study)
     assert again.finished[0].plan == interrupted.plan and again.finished[0].origin == interrupted.origin
     assert sum(record.counted for record in found) == 12
 
@@ -224,7 +232,7 @@ def test_a_keyboard_interrupt_queues_the_plan_again_and_comes_through() -> None:
             with pytest.raises(KeyboardInterrupt):
                 search(study, PROFILE, evaluate)
         told = search(study, PROFILE)
-        found = records(study)
+        found = read_records(study)
     assert [record.reason for record in found[:5]] == ["interrupted"] * 5
     assert told.finished[0].origin == "dense" and told.finished[0].control
     assert sum(record.counted for record in found) == 12
@@ -239,7 +247,7 @@ def test_an_evaluation_that_ends_after_the_stop_is_kept() -> None:
 
     with opened() as study:
         search(study, PROFILE, evaluate, should_stop=lambda: stop[0])
-        assert [record.state for record in records(study)] == ["complete"]
+        assert [record.state for record in read_records(study)] == ["complete"]
 
 
 def test_plans_may_be_enqueued_by_hand_and_bad_ones_fail() -> None:
@@ -249,7 +257,7 @@ def test_plans_may_be_enqueued_by_hand_and_bad_ones_fail() -> None:
         study.enqueue_trial({**by_hand, "block.0.conv": 99})
         with pytest.warns(UserWarning, match="out of range"):
             search(study, PROFILE)
-        found, trials = records(study), study.get_trials()
+        found, trials = read_records(study), study.get_trials()
     assert found[0].origin == "enqueued" and found[0].state == "complete"
     assert trials[1].state is TrialState.FAIL and "candidate 99" in trials[1].user_attrs["reason"]
 
@@ -261,13 +269,13 @@ def test_unknown_samplers_and_controls_outside_the_table_are_refused() -> None:
         outside = Plan(layers={"block.0.conv": INT8.model_copy(update={"weight_bits": 4})})
         with pytest.raises(StudyError, match="layer 'block.0.conv': none 4/8 is not among its candidates"):
             search(study, PROFILE, controls=[("mine", outside)])
-        assert records(study) == []
+        assert read_records(study) == []
 
 
 def test_the_front_is_of_complete_trials_each_plan_once() -> None:
     with opened() as study:
         search(study, PROFILE, n_trials=20)
-        found = records(study)
+        found = read_records(study)
     members = front(found, OBJECTIVES)
     losses = [MEASURED(record.plan).losses for record in found]
     for record in members:

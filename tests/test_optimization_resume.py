@@ -13,7 +13,7 @@ from synthetic_study import IDENTITY, evaluate_as_predicted, make_profile, opene
 import ranksearch
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
-from ranksearch.optimization import ResolvedLimits, coordinator_lock, read_study, records
+from ranksearch.optimization import ResolvedLimits, coordinator_lock, read_records, read_study
 from ranksearch.plan import Plan
 
 PROFILE = make_profile()
@@ -69,7 +69,7 @@ def test_a_study_killed_anywhere_and_run_again_loses_nothing(tmp_path: Path, run
 
 def records_in(home: Path) -> list:
     try:
-        return records(read_study(home, "toy"))
+        return read_records(read_study(home, "toy"))
     except StudyError:
         return []
 
@@ -99,10 +99,10 @@ def test_the_same_seed_on_resume_goes_on_as_if_it_had_not_stopped(tmp_path: Path
     for n_trials in (8, 11, 16):
         with opened(tmp_path) as study:
             search(study, PROFILE, sampler_name=sampler_name, n_trials=n_trials, n_prices=6)
-            resumed = records(study)
+            resumed = read_records(study)
     with opened() as study:
         search(study, PROFILE, sampler_name=sampler_name, n_trials=16, n_prices=6)
-        at_once = records(study)
+        at_once = read_records(study)
     assert [r.plan for r in resumed] == [r.plan for r in at_once]
 
 
@@ -116,14 +116,14 @@ def test_a_finished_study_runs_nothing_more(tmp_path: Path) -> None:
 def test_half_a_line_at_the_end_of_the_journal_is_mended(tmp_path: Path) -> None:
     with opened(tmp_path) as study:
         search(study, PROFILE, n_trials=2)
-        before = records(study)
+        before = read_records(study)
     with (tmp_path / "journal.log").open("a") as file:
         file.write('{"op_code": 4, "worker')
     (tmp_path / "journal.log.lock").symlink_to(tmp_path / "journal.log")
     with opened(tmp_path) as study:
-        assert records(study) == before
+        assert read_records(study) == before
         search(study, PROFILE, n_trials=4)
-        assert sum(record.counted for record in records(study)) == 4
+        assert sum(record.counted for record in read_records(study)) == 4
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
@@ -142,29 +142,29 @@ def test_other_goals_copy_the_history_in_order_with_constraints_anew(tmp_path: P
 
     with opened(tmp_path, limits=old) as study:
         search(study, PROFILE, evaluate, limits=old, n_trials=8)
-        before, old_trials, old_name = records(study), study.get_trials(), study.study_name
+        before, old_trials, old_name = read_records(study), study.get_trials(), study.study_name
     with opened(tmp_path, limits=new) as study:
-        assert records(study) == before and study.study_name != old_name
+        assert read_records(study) == before and study.study_name != old_name
         assert any(record.state == "failed" for record in before)
         for trial, record in zip(study.get_trials(), before, strict=True):
             assert trial.values == old_trials[trial.number].values
             expected = new.violations(record.evaluation) if record.evaluation else {}
             assert trial.constraints == expected
         told = search(study, PROFILE, evaluate, limits=new, n_trials=10)
-        assert sum(record.counted for record in records(study)) == 10
+        assert sum(record.counted for record in read_records(study)) == 10
         assert {r.plan.hash() for r in told.finished}.isdisjoint(r.plan.hash() for r in before)
     with opened(tmp_path, limits=new) as study:
-        assert sum(record.counted for record in records(study)) == 10
-    assert sum(record.counted for record in records(read_study(tmp_path, "toy"))) == 10
+        assert sum(record.counted for record in read_records(study)) == 10
+    assert sum(record.counted for record in read_records(read_study(tmp_path, "toy"))) == 10
     with opened(tmp_path, limits=old) as study:
-        assert sum(record.counted for record in records(study)) == 10
+        assert sum(record.counted for record in read_records(study)) == 10
 
 
 def test_starting_over_keeps_the_old_study(tmp_path: Path) -> None:
     with opened(tmp_path) as study:
         search(study, PROFILE, n_trials=2)
     with opened(tmp_path, new=True, identity={"model": "another"}) as study:
-        assert records(study) == []
+        assert read_records(study) == []
         assert study.study_name == "toy#2"
     with opened(tmp_path, identity={"model": "another"}) as study:
         assert study.study_name == "toy#2"
@@ -184,14 +184,14 @@ def test_what_was_being_made_when_the_process_died_is_made_anew(tmp_path: Path) 
     limits = ResolvedLimits(max_drop=0.02)
     with opened(tmp_path) as study:
         search(study, PROFILE, n_trials=3)
-        before = records(study)
+        before = read_records(study)
     with opened(tmp_path, limits=limits) as study:
         study.set_user_attr("ready", True)
     lines = (tmp_path / "journal.log").read_text().splitlines(keepends=True)
     (tmp_path / "journal.log").write_text("".join(line for line in lines[:-2]))
     assert read_study(tmp_path, "toy").study_name == "toy"
     with opened(tmp_path, limits=limits) as study:
-        assert records(study) == before
+        assert read_records(study) == before
 
 
 def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_one_coordinator_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(StudyError, match="is being run"), coordinator_lock(tmp_path):
             pass
         search(study, PROFILE, n_trials=1)
-        assert records(read_study(tmp_path, "toy")) == records(study)
+        assert read_records(read_study(tmp_path, "toy")) == read_records(study)
     with opened(tmp_path):
         pass
 
@@ -211,7 +211,7 @@ def test_any_optuna_storage_and_none_at_all(tmp_path: Path) -> None:
     for _ in range(2):
         with opened(url, home=tmp_path / "home") as study:
             search(study, make_profile(3), n_trials=2, n_prices=1)
-    assert sum(record.counted for record in records(read_study(url, "toy"))) == 2
+    assert sum(record.counted for record in read_records(read_study(url, "toy"))) == 2
     with opened(None) as study:
         search(study, PROFILE, n_trials=2)
         assert all(trial.state is TrialState.COMPLETE for trial in study.get_trials())

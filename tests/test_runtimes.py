@@ -205,7 +205,6 @@ def test_missing_package_names_what_installs_it(monkeypatch: pytest.MonkeyPatch)
     ("target", "message"),
     [
         (Target(device="tpu"), "no device 'tpu'"),
-        (Target(precision="f8"), "no precision 'f8'"),
         (Target(mode="compiled"), "no mode 'compiled'"),
         (Target(runtime="torch", mode="compiled"), "no mode 'compiled'"),
         (Target(runtime="torch", device="tpu"), "no device 'tpu'"),

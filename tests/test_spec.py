@@ -9,18 +9,16 @@ from typing import Any
 import pytest
 
 from ranksearch.errors import StudyError
+from ranksearch.goals import Limit, parse_drop, parse_latency, parse_size
 from ranksearch.spec import (
     CorpusScore,
     Goals,
-    Limit,
     Recovery,
     Space,
     StudySpec,
+    Target,
     corpus_score,
     load_study,
-    parse_drop,
-    parse_latency,
-    parse_size,
 )
 
 SCRIPT = """
@@ -105,6 +103,38 @@ def test_lists_become_tuples_and_a_bare_string_is_refused() -> None:
         Space(skip="conv1")  # type: ignore[arg-type]
     with pytest.raises(StudyError, match="rank_multiple is 0"):
         Space(rank_multiple=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": [4]}, r"Space.weight_bits is \(4,\); what is built is \(32, 8\)"),
+        ({"weight_bits": (32, 16)}, "Space.weight_bits"),
+        ({"weight_bits": ()}, "one or both"),
+        ({"weight_bits": 8}, r"write \[8\]"),
+        ({"decompositions": ()}, "name at least 'none'"),
+    ],
+)
+def test_a_space_holds_only_what_is_built(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        Space(**settings)
+    assert Space(weight_bits=[8]).weight_bits == (8,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "Target.batch_size is 0; it must be a whole number from 1 up"),
+        ({"batch_size": 1.5}, "Target.batch_size is 1.5"),
+        ({"threads": 0}, "Target.threads is 0"),
+        ({"precision": ""}, "Target.precision is ''; write 'f32'"),
+        ({"precision": 32}, "Target.precision is 32; write 'f32'"),
+    ],
+)
+def test_a_target_refuses_what_no_runtime_can_take(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(StudyError, match=message):
+        Target(**settings)
+    assert Target(threads=None, batch_size=32).threads is None
 
 
 @pytest.mark.parametrize("settings", [{"epochs": -1.0}, {"steps": -1}, {"learning_rate": 0.0}])

@@ -1,13 +1,25 @@
 """The command line: `ranksearch --help`."""
 
-import json
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ranksearch.errors import RankSearchError, StudyError
+from ranksearch.cli.options import (
+    Home,
+    MaxDrop,
+    MaxLatency,
+    MaxSize,
+    OptionalScript,
+    Script,
+    Storage,
+    StudyName,
+    TrackingUri,
+    duration_s,
+)
+from ranksearch.errors import NoPlanError, RankSearchError, StudyError
 from ranksearch.home import DEFAULT_HOME
 
 app = typer.Typer(
@@ -18,41 +30,39 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-EXIT_CHECK_FAILED, EXIT_BAD_INPUT, EXIT_NO_PLAN, EXIT_STOPPED = 1, 2, 3, 75
-
-Script = Annotated[Path, typer.Argument(metavar="STUDY.py", help="The study script.")]
-OptionalScript = Annotated[Path | None, typer.Argument(metavar="[STUDY.py]", help="The study script.")]
-StudyName = Annotated[str | None, typer.Option("--study", metavar="NAME", help="The study's name; runs no user code.")]
-Home = Annotated[Path, typer.Option("--home", metavar="DIR", help="Where studies keep their state.")]
-Storage = Annotated[
-    str | None,
-    typer.Option("--storage", metavar="URL", envvar="OPTUNA_STORAGE", help="An Optuna storage; default: a journal."),
-]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite:///mlflow.db."
-    ),
-]
-MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Largest drop of the score: 1%, 1%rel or 0.01.")]
-MaxLatency = Annotated[str | None, typer.Option("--max-latency", help="Largest latency: 5ms or 0.5x.")]
-MaxSize = Annotated[str | None, typer.Option("--max-size", help="Largest size: 2MB or 25%.")]
+EXIT_BAD_INPUT, EXIT_NO_PLAN = 2, 3
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend is one sentence on stderr and exit code 2."""
+    """Runs the command line; what a user can mend is one sentence on stderr and exit code 2, or 3 for want of plans."""
     try:
         app()
+    except NoPlanError as error:
+        _exit(str(error), EXIT_NO_PLAN)
     except RankSearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+        _exit(str(error), EXIT_BAD_INPUT)
+    except Exception as error:
+        where = _line_of_script(error)
+        if where is None:
+            raise
+        _exit(f"{where}: {type(error).__name__}: {error}", EXIT_BAD_INPUT)
 
 
-@app.command()
-def demo(
+def _exit(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _line_of_script(error: Exception) -> str | None:
+    """Where in the user's study script the error came up; None where it did not."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("ranksearch_study_")]
+    scripts = {module.__file__ for module in modules}
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in scripts]
+    return f"{lines[-1].filename}, line {lines[-1].lineno}" if lines else None
+
+
+@app.command("demo")
+def demo_command(
     trials: Annotated[int, typer.Option(help="How many plans to try.")] = 24,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the best plan is exported.")] = Path(
         "digits-best"
@@ -61,29 +71,29 @@ def demo(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """The embedded study on handwritten digits, start to export: profile, search, front, export, verify."""
-    from ranksearch.cli.commands import demo as command
+    from ranksearch.cli.searching import run_demo
 
-    command(embedded_study(), trials=trials, output=output, home=home, tracking_uri=tracking_uri)
+    run_demo(embedded_study(), trials=trials, output=output, home=home, tracking_uri=tracking_uri)
 
 
-@app.command()
-def check(script: Script) -> None:
+@app.command("check")
+def check_command(script: Script) -> None:
     """One batch through every stage: dense score, latency, noise floor, skipped layers, seconds per trial."""
-    from ranksearch.cli.commands import check as command
+    from ranksearch.cli.searching import check_study
 
-    command(script)
+    check_study(script)
 
 
-@app.command()
-def profile(script: Script) -> None:
+@app.command("profile")
+def profile_command(script: Script) -> None:
     """Each layer's sensitivity, cost and best candidates, and what can be gained."""
-    from ranksearch.cli.commands import profile as command
+    from ranksearch.cli.searching import profile_study
 
-    command(script)
+    profile_study(script)
 
 
-@app.command()
-def run(
+@app.command("run")
+def run_command(
     script: Script,
     trials: Annotated[int | None, typer.Option(min=0, help="The study's total of distinct trials; default 50.")] = None,
     more_trials: Annotated[int | None, typer.Option(min=1, help="This many beyond those there are.")] = None,
@@ -101,9 +111,9 @@ def run(
     grace: Annotated[str, typer.Option(help="How long a stopped run may take to end its trial.")] = "30s",
 ) -> None:
     """Search; an existing study goes on where it stopped."""
-    from ranksearch.cli.commands import run as command
+    from ranksearch.cli.searching import run_study
 
-    command(
+    run_study(
         script,
         goals={"max_drop": max_drop, "max_latency": max_latency, "max_size": max_size},
         overrides={"seed": seed, "name": name},
@@ -119,18 +129,18 @@ def run(
     )
 
 
-@app.command()
-def evaluate(
+@app.command("evaluate")
+def evaluate_command(
     script: Script, plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan of your own.")]
 ) -> None:
     """A plan of your own, up the same ladder as a trial."""
-    from ranksearch.cli.commands import evaluate as command
+    from ranksearch.cli.searching import evaluate_plan
 
-    command(script, plan)
+    evaluate_plan(script, plan)
 
 
-@app.command()
-def front(
+@app.command("front")
+def front_command(
     script: OptionalScript = None,
     study: StudyName = None,
     every: Annotated[bool, typer.Option("--all", help="Every evaluated plan, not the front alone.")] = False,
@@ -140,13 +150,13 @@ def front(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """The front of a study, also while it runs."""
-    from ranksearch.cli.commands import front as command
+    from ranksearch.cli.reading import show_front
 
-    command(script, study, home=home, storage=storage, every=every, format=format)
+    show_front(script, study, home=home, storage=storage, every=every, format=format)
 
 
-@app.command()
-def show(
+@app.command("show")
+def show_command(
     script: OptionalScript = None,
     trial: Annotated[int, typer.Option("--trial", help="The trial's number.")] = ...,  # type: ignore[assignment]
     study: StudyName = None,
@@ -156,13 +166,13 @@ def show(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """A plan per layer: choice, predicted loss, ms and bytes saved."""
-    from ranksearch.cli.commands import show as command
+    from ranksearch.cli.reading import show_plan
 
-    command(script, study, trial, versus, home=home, storage=storage)
+    show_plan(script, study, trial, versus, home=home, storage=storage)
 
 
-@app.command()
-def export(
+@app.command("export")
+def export_command(
     script: OptionalScript = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
     study: StudyName = None,
@@ -178,9 +188,9 @@ def export(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Write a plan, its packed weights, its artefact and its report; by default the fastest surely feasible one."""
-    from ranksearch.cli.commands import export as command
+    from ranksearch.cli.reading import export_choice
 
-    command(
+    export_choice(
         script,
         study,
         output,
@@ -194,21 +204,21 @@ def export(
     )
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An export folder.")],
     study: Annotated[
         Path | None, typer.Option("--study", metavar="STUDY.py", help="Also rebuild, score and time it.")
     ] = None,
 ) -> None:
     """Run an export, measure it, compare with what it claims; exit 1 where it does not hold."""
-    from ranksearch.cli.commands import verify as command
+    from ranksearch.cli.reading import verify_export
 
-    command(directory, study)
+    verify_export(directory, study)
 
 
-@app.command()
-def ui(
+@app.command("ui")
+def ui_command(
     script: OptionalScript = None,
     study: StudyName = None,
     home: Home = DEFAULT_HOME,
@@ -217,20 +227,20 @@ def ui(
     port: Annotated[int, typer.Option(help="Another free port is taken where this one is in use.")] = 5000,
 ) -> None:
     """The MLflow UI on 127.0.0.1, opened at the study's Pareto page."""
-    from ranksearch.cli.commands import ui as command
+    from ranksearch.cli.upkeep import serve_ui
 
-    command(script, study, home=home, tracking_uri=tracking_uri, port=port)
+    serve_ui(script, study, home=home, tracking_uri=tracking_uri, port=port)
 
 
-@app.command()
-def clean(
+@app.command("clean")
+def clean_command(
     home: Home = DEFAULT_HOME,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Empty the caches and delete old studies, asking first."""
-    from ranksearch.cli.commands import clean as command
+    from ranksearch.cli.upkeep import clean_up
 
-    command(home, yes)
+    clean_up(home, yes)
 
 
 def embedded_study() -> Path:
@@ -240,18 +250,3 @@ def embedded_study() -> Path:
         if path.is_file():
             return path
     raise StudyError("the embedded study is missing from this installation; install ranksearch again")
-
-
-def duration_s(text: str, option: str) -> float:
-    """`90s`, `30m` or `2h` in seconds. Raises StudyError for anything else."""
-    import re
-
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|min|h)?\s*", text)
-    if not match:
-        raise StudyError(f"{option} {text!r} cannot be read; write 90s, 30m or 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
-
-
-def dump_json(content: Any) -> str:
-    """Indented JSON of rows."""
-    return json.dumps(content, indent=1, default=str)

@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,35 +17,50 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ranksearch.home import StudyHome
-from ranksearch.optimization import TrialRecord
-from ranksearch.plan import Plan
-from ranksearch.results import Row
-from ranksearch.workbench import Workbench
+if TYPE_CHECKING:
+    from ranksearch.home import StudyHome
+    from ranksearch.optimization import TrialRecord
+    from ranksearch.plan import Plan
+    from ranksearch.workbench import Workbench
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+Row = Mapping[str, Any]
+
+# Where there is no terminal to fit into.
+FILE_WIDTH = 120
+# Below this the plans get lines of their own.
+WIDE = 100
 
 
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else FILE_WIDTH
+    return Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False, emoji=False, width=width)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
+
+
+@final
 class Terminal:
     """A progress bar where there is a terminal, else one line per trial."""
 
-    def __init__(self, n_trials: int | None, time_limit_s: float | None) -> None:
-        self._n_trials = n_trials
+    def __init__(self, time_limit_s: float | None) -> None:
+        self._total: int | None = None
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._interactive = sys.stderr.isatty()
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[best]}"),
+            TextColumn("{task.fields[best]}", markup=False),
             console=err,
             disable=not self._interactive,
             transient=True,
         )
-        self._task = self._progress.add_task("starting", total=n_trials, best="")
+        self._task = self._progress.add_task("starting", total=None, best="")
         self._counted = 0
         self._seconds: list[float] = []
         self._started = time.monotonic()
@@ -61,23 +77,26 @@ class Terminal:
         """Shows what is being done."""
         self._progress.update(self._task, description=text)
         if not self._interactive:
-            err.print(text)
+            say(text)
 
-    def study_opened(self, bench: Workbench, home: StudyHome, history: Sequence[TrialRecord]) -> None:
+    def study_opened(
+        self, bench: "Workbench", home: "StudyHome", history: "Sequence[TrialRecord]", total: int | None
+    ) -> None:
         """Says what is searched, and what was skipped."""
+        self._total = total
         self._counted = sum(record.counted for record in history)
-        self._progress.update(self._task, completed=self._counted)
+        self._progress.update(self._task, completed=self._counted, total=total)
         skipped = len(bench.found.skipped)
         note = f", {skipped} skipped" if skipped else ""
         again = f"; {self._counted} trials are there already" if self._counted else ""
-        err.print(f"{len(bench.found.layers)} layers{note}; state in {home.directory}{again}")
+        self._say(f"{len(bench.found.layers)} layers{note}; state in {home.directory}{again}")
 
-    def trial_started(self, number: int, plan: Plan, origin: str) -> None:
+    def trial_started(self, number: int, plan: "Plan", origin: str) -> None:
         """Shows the trial that runs."""
         self._started = time.monotonic()
         self._progress.update(self._task, description=f"trial {number} ({origin})")
 
-    def trial_ended(self, record: TrialRecord, row: Row | None) -> None:
+    def trial_ended(self, record: "TrialRecord", row: Row | None) -> None:
         """Counts the trial, and shows the best feasible plan so far and the time left."""
         self._counted += record.counted
         self._seconds.append(time.monotonic() - self._started)
@@ -85,64 +104,61 @@ class Terminal:
             self._best = row
         self._progress.update(self._task, completed=self._counted, best=self._status())
         if not self._interactive or row is None:
-            what = row["summary"] if row is not None else f"failed: {record.reason}"
-            if record.evaluation is not None and record.evaluation.stopped:
-                what = f"{what}; stopped: {record.evaluation.stopped}"
-            err.print(f"trial {record.number} ({record.origin}): {what}", markup=False, highlight=False)
+            self._say(f"trial {record.number} ({record.origin}): {_outcome(record, row)}")
+
+    def _say(self, text: str) -> None:
+        """Above the progress bar; without a terminal on standard output, which leaves the other to errors."""
+        (err if self._interactive else out).print(text)
 
     def _status(self) -> str:
-        best = "" if self._best is None else f"best feasible {_speed(self._best)}, {_size(self._best)}; "
-        return f"{best}{_duration(self._seconds_left())} left"
+        best = "" if self._best is None else f"best feasible {_faster_by(self._best)}, {_smaller_by(self._best)}; "
+        return f"{best}{duration(self._seconds_left())} left"
 
     def _seconds_left(self) -> float:
         """Until the trials or the time are used up, whichever is first."""
         mean = sum(self._seconds) / len(self._seconds)
         left = []
-        if self._n_trials is not None:
-            left.append(max(self._n_trials - self._counted, 0) * mean)
+        if self._total is not None:
+            left.append(max(self._total - self._counted, 0) * mean)
         if self._deadline is not None:
             left.append(max(self._deadline - time.monotonic(), 0.0))
         return min(left, default=0.0)
 
 
 def print_front(rows: Sequence[Row], title: str) -> None:
-    """The rows as a table, fastest first."""
-    table = Table(title=title, title_justify="left", show_lines=False)
-    for name, justify in (
-        ("trial", "right"), ("plan", "left"), ("drop", "right"), ("test drop", "right"), ("latency", "right"),
-        ("faster", "right"), ("bytes", "right"), ("smaller", "right"), ("feasible", "left"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=name != "plan")  # type: ignore[arg-type]
-    for row in sorted(rows, key=lambda row: row["latency_ratio"]):
-        table.add_row(
-            str(row["trial"]),
-            str(row["summary"]).rsplit(":", 1)[0],
-            _drop(row, "accuracy_drop", "drop_low", "drop_high"),
-            _drop(row, "test_accuracy_drop", "test_drop_low", "test_drop_high"),
-            f"{row['latency_ms']:.3f} ms",
-            f"{1 / row['latency_ratio']:.2f}x",
-            f"{row['model_bytes']:,}",
-            f"{1 / row['bytes_ratio']:.2f}x",
-            "surely" if row["surely_feasible"] else "yes" if row["feasible"] else "no",
-        )
+    """The rows as a table, fastest first; drops in points where scores are shares."""
+    unit = _unit(rows)
+    wide = out.width >= WIDE
+    ordered = sorted(rows, key=lambda row: row["latency_ratio"])
+    titles = ["trial", "drop", "on test", *_FIGURES, "goals", *(["plan"] if wide else [])]
+    table = _table(titles, title=title)
+    table.caption, table.caption_justify = _legend(rows), "left"
+    for row in ordered:
+        cells = [_drop(row, "", unit), _drop(row, "test_", unit), *(show(row) for show in _FIGURES.values())]
+        table.add_row(str(row["trial"]), *cells, _goals(row), *([_plan(row)] if wide else []))
     out.print(table)
+    if not wide:
+        for row in ordered:
+            say(f"trial {row['trial']}: {_plan(row)}")
 
 
 def print_controls(rows: Sequence[Row]) -> None:
-    """What a user has without a search."""
+    """What a user has without a search; what could not be measured comes after, with its reason."""
+    measured = [row for row in rows if row["latency_ratio"] is not None]
+    unit = _unit(measured)
+    table = _table(["drop", "on test", *_FIGURES, "without a search"], title="")
+    for row in measured:
+        cells = [_drop(row, "", unit), _drop(row, "test_", unit), *(show(row) for show in _FIGURES.values())]
+        table.add_row(*cells, str(row["origin"]).removeprefix("control: "))
+    out.print(table)
     for row in rows:
         if row["latency_ratio"] is None:
-            out.print(f"  {row['summary']}", markup=False, highlight=False)
-            continue
-        figures = f"{_speed(row)}, {_size(row)}, drop {_drop(row, 'accuracy_drop', 'drop_low', 'drop_high')}"
-        out.print(f"  {str(row['origin']).removeprefix('control: ')}: {figures}", markup=False, highlight=False)
+            say(f"  {row['summary']}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A plain table; every column but the first is right-aligned."""
-    table = Table(title=title or None, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+    """A plain table; numbers are right-aligned."""
+    table = _table(columns, title)
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -150,30 +166,85 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def say(text: str) -> None:
     """One line on standard output, as it is."""
-    out.print(text, markup=False, highlight=False)
+    out.print(text)
 
 
-def _drop(row: Mapping[str, Any], middle: str, low: str, high: str) -> str:
-    if row.get(middle) is None:
+def duration(seconds: float) -> str:
+    """`1h05m`, `3m20s` or `12s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+_FIGURES: dict[str, Callable[[Row], str]] = {
+    "latency": lambda row: f"{row['latency_ms']:.3g} ms",
+    "faster": lambda row: f"{1 / row['latency_ratio']:.2f}x",
+    "size": lambda row: _size(row["model_bytes"]),
+    "smaller": lambda row: f"{1 / row['bytes_ratio']:.2f}x",
+}
+_TEXT_COLUMNS = ("plan", "goals", "without a search", "layer", "choice", "why")
+
+
+def _table(columns: Sequence[str], title: str) -> Table:
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        text = name in _TEXT_COLUMNS or name.startswith("trial ")
+        table.add_column(name, justify="left" if text else "right", no_wrap=name not in ("plan", "why"))
+    return table
+
+
+def _plan(row: Row) -> str:
+    return str(row["summary"]).rsplit(":", 1)[0]
+
+
+def _goals(row: Row) -> str:
+    return "surely met" if row["surely_feasible"] else "met" if row["feasible"] else "missed"
+
+
+def _unit(rows: Sequence[Row]) -> float:
+    """100 where all scores are shares, so that drops are told in points."""
+    scores = [row["accuracy"] for row in rows if row.get("accuracy") is not None]
+    return 100.0 if scores and all(0 <= score <= 1 for score in scores) else 1.0
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    points = "points of the score, " if _unit(rows) == 100 else ""
+    return f"drop: {points}dense minus plan, on validation data, half the width of its 95 % interval after ±"
+
+
+def _drop(row: Row, prefix: str, unit: float) -> str:
+    drop, low, high = (row.get(f"{prefix}{name}") for name in ("accuracy_drop", "drop_low", "drop_high"))
+    if drop is None:
         return ""
-    if row.get(low) is None:
-        return f"{row[middle]:.4f}"
-    return f"{row[middle]:.4f}±{(row[high] - row[low]) / 2:.4f}"
+    digits = 1 if unit == 100 else 4
+    text = f"{round(unit * drop, digits) + 0.0:.{digits}f}"
+    return text if low is None or high is None else f"{text} ±{unit * (high - low) / 2:.{digits}f}"
 
 
-def _speed(row: Row) -> str:
-    return f"{1 / row['latency_ratio']:.2f}x as fast"
+def _size(n_bytes: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes:.0f} B"
 
 
-def _size(row: Row) -> str:
+def _outcome(record: "TrialRecord", row: Row | None) -> str:
+    """What became of a trial, in one line."""
+    if record.queued_again:
+        return f"{record.reason}; its plan is queued again"
+    if row is None:
+        return f"failed: {' '.join(str(record.reason).split())}"
+    stopped = record.evaluation.stopped if record.evaluation is not None else None
+    return f"{row['summary']}; stopped: {stopped}" if stopped else str(row["summary"])
+
+
+def _faster_by(row: Row) -> str:
+    return f"{1 / row['latency_ratio']:.2f}x faster"
+
+
+def _smaller_by(row: Row) -> str:
     return f"{1 / row['bytes_ratio']:.2f}x smaller"
 
 
 def _faster(row: Row, best: Row | None) -> bool:
     return best is None or bool(row["latency_ratio"] < best["latency_ratio"])
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -3,8 +3,9 @@
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.loop import optimise
 from ranksearch.optimization.prices import decode, price_sweep, uniform
-from ranksearch.optimization.records import TrialRecord, front, records
+from ranksearch.optimization.records import TrialRecord, front, read_records
 from ranksearch.optimization.samplers import SAMPLERS, make_sampler
+from ranksearch.optimization.stopping import beaten_by
 from ranksearch.optimization.storage import coordinator_lock
 from ranksearch.optimization.study import open_study, read_study
 from ranksearch.optimization.trials import Callbacks
@@ -14,6 +15,7 @@ __all__ = [
     "Callbacks",
     "ResolvedLimits",
     "TrialRecord",
+    "beaten_by",
     "coordinator_lock",
     "decode",
     "front",
@@ -22,6 +24,6 @@ __all__ = [
     "optimise",
     "price_sweep",
     "read_study",
-    "records",
+    "read_records",
     "uniform",
 ]

@@ -10,7 +10,7 @@ from ranksearch.candidates import Profile
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.optimization.limits import ResolvedLimits
-from ranksearch.optimization.records import History, records
+from ranksearch.optimization.records import History, read_records
 from ranksearch.optimization.samplers import make_sampler
 from ranksearch.optimization.seeds import default_n_prices, enqueue, fail_stale, fix_seeds, make_seeds, neighbour
 from ranksearch.optimization.space import n_plans, to_params
@@ -56,7 +56,7 @@ def optimise(
     n_swept = default_n_prices(n_trials) if n_prices is None else n_prices
     seeds = fix_seeds(optuna_study, make_seeds(profile, controls, n_swept, seed, objectives))
     stale = set(fail_stale(optuna_study))
-    known = records(optuna_study)
+    known = read_records(optuna_study)
     search = Search(
         study=optuna_study, profile=profile, evaluate=evaluate, objectives=objectives, limits=limits,
         sampler_name=sampler_name, seed=seed, n_trials=n_trials, deadline=deadline, clock=clock,

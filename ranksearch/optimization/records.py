@@ -53,7 +53,7 @@ class TrialRecord:
         return self.state in ("complete", "pruned") and self.duplicate_of is None and not self.control
 
 
-def records(optuna_study: Study) -> list[TrialRecord]:
+def read_records(optuna_study: Study) -> list[TrialRecord]:
     """Every trial that was started, in order. Raises StudyError for one that cannot be read."""
     trials = optuna_study.get_trials(deepcopy=False)
     retried = {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}

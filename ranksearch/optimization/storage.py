@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import optuna
@@ -18,15 +19,25 @@ LOCK = "coordinator.lock"
 
 Storage = str | Path | BaseStorage | None
 
+# By device and inode: a home that is moved aside keeps its lock, and the new one in its place is another.
+_HELD: ContextVar[frozenset[tuple[int, int]]] = ContextVar("held", default=frozenset())
+
 
 @contextmanager
-def coordinator_lock(home: Path) -> Iterator[None]:
+def coordinator_lock(home: Path, *, around: bool = False) -> Iterator[None]:
     """Holds the study's home for this process; the system lets go of it however the process ends.
+
+    With `around`, what this block calls may lock the same home again.
 
     Raises StudyError, naming the other process, where one holds it already.
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / LOCK).open("a+", encoding="utf-8") as file:
+        status = os.fstat(file.fileno())
+        identity = (status.st_dev, status.st_ino)
+        if identity in _HELD.get():
+            yield
+            return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -38,7 +49,11 @@ def coordinator_lock(home: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        token = _HELD.set(_HELD.get() | {identity} if around else _HELD.get())
+        try:
+            yield
+        finally:
+            _HELD.reset(token)
 
 
 @contextmanager

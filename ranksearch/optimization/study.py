@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.errors import StudyError
 from ranksearch.optimization.limits import ResolvedLimits
-from ranksearch.optimization.records import records
+from ranksearch.optimization.records import read_records
 from ranksearch.optimization.storage import Storage, reading_storage, writing_storage
 from ranksearch.spec import Objective
 
@@ -120,7 +120,7 @@ def _copy_history(predecessor: Study, study: Study, limits: ResolvedLimits) -> N
     """Copies attributes and trials, in order, so that numbers stay, with the constraints of other limits."""
     for key in set(predecessor.user_attrs) - {IDENTITY, LIMITS, READY}:
         study.set_user_attr(key, predecessor.user_attrs[key])
-    evaluations = {record.number: record.evaluation for record in records(predecessor)}
+    evaluations = {record.number: record.evaluation for record in read_records(predecessor)}
     for trial in predecessor.get_trials(deepcopy=False):
         evaluation = evaluations.get(trial.user_attrs.get("duplicate_of", trial.number))
         study.add_trial(_with_constraints(trial, limits.violations(evaluation) if evaluation else {}))

@@ -41,6 +41,7 @@ from ranksearch.tracking.store import (
     explained,
     find_parent,
     first_line,
+    is_remote,
     open_experiment,
     resolve_tracking_uri,
     store_failures,
@@ -98,6 +99,11 @@ class Tracker:
             save_page(client, experiment_id, run_id)
         study = StudyRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id)
         return cls(client, study, runs, max((point.step for point in history), default=-1))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server that is already running keeps the runs."""
+        return is_remote(self.study.tracking_uri)
 
     def url(self, server: str | None = None) -> str:
         """The address of the study's Pareto page on `server`, by default the store's own."""

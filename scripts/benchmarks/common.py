@@ -36,7 +36,11 @@ def report(arguments: argparse.Namespace, lines: Sequence[str], figures: dict[st
 def machine() -> dict[str, str]:
     """Cores, processor, versions and the date."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.is_file() else []
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.is_file()
+        else []
+    )
     return {
         "cores": str(os.cpu_count()),
         "processor": names[0].split(":", 1)[1].strip() if names else platform.processor(),

@@ -41,7 +41,11 @@ def main() -> None:
         target = TARGETS.get(name, f"<= {MAX_TEST_DROP}" if name == "test drop" else "")
         lines.append(f"{name:24} {figure['median']:9.4f} {figure['low']:9.4f} {figure['high']:9.4f}   {target}")
     scope = f"digits, {seeds} seed(s) of training and search, {trials} trials each"
-    report(arguments, lines, {"figures": figures, "targets": {**TARGETS, "test drop": MAX_TEST_DROP}, "holds": holds, "scope": scope})
+    report(
+        arguments,
+        lines,
+        {"figures": figures, "targets": {**TARGETS, "test drop": MAX_TEST_DROP}, "holds": holds, "scope": scope},
+    )
 
 
 def one_search(seed: int, trials: int, directory: Path) -> dict[str, float]:
@@ -69,7 +73,9 @@ def one_search(seed: int, trials: int, directory: Path) -> dict[str, float]:
 def gain_over_controls(plan: dict[str, Any], controls: list[dict[str, Any]]) -> float:
     """How many times smaller or faster, whichever is more, than the best control for each at the same drop."""
     known = [row for row in controls if row["accuracy_drop"] is not None and row["latency_ratio"] is not None]
-    equal = [row for row in known if row["test_accuracy_drop"] is None or row["test_accuracy_drop"] <= plan["test_drop_high"]]
+    equal = [
+        row for row in known if row["test_accuracy_drop"] is None or row["test_accuracy_drop"] <= plan["test_drop_high"]
+    ]
     speed = min(row["latency_ratio"] for row in equal) / plan["latency_ratio"]
     size = min(row["bytes_ratio"] for row in equal) / plan["bytes_ratio"]
     return float(max(speed, size))
@@ -80,7 +86,9 @@ def ranksearch(environment: dict[str, str], *arguments: object) -> str:
     command = [sys.executable, "-c", "from ranksearch.cli import main; main()", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        sys.exit(f"ranksearch {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stderr}\n{done.stdout}")
+        sys.exit(
+            f"ranksearch {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stderr}\n{done.stdout}"
+        )
     return done.stdout
 
 

@@ -1,0 +1,155 @@
+"""Commands that read what a study found: front, show, export, verify."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ranksearch.cli.options import study_home
+from ranksearch.cli.terminal import print_front, print_table, say
+from ranksearch.errors import RankSearchError, StudyError
+from ranksearch.spec import Goals, load_study
+
+EXIT_CHECK_FAILED = 1
+
+Row = dict[str, Any]
+
+
+def show_front(
+    script: Path | None, name: str | None, *, home: Path, storage: str | None, every: bool, format: str
+) -> None:
+    """The front, in the chosen format."""
+    if format not in _FORMATS:
+        raise StudyError(f"--format {format!r} is unknown; it is one of {', '.join(_FORMATS)}")
+    from ranksearch.search_result import read_result
+
+    place = study_home(script, name, home)
+    rows = [row for row in read_result(place, storage).rows if every or row["pareto"]]
+    _FORMATS[format](sorted(rows, key=lambda row: row["latency_ratio"]), place.name, every)
+
+
+def _as_table(rows: Sequence[Row], name: str, every: bool) -> None:
+    from ranksearch.results import thin
+
+    shown = list(rows) if every else thin([row for row in rows if row["accuracy_drop"] is not None])
+    if not shown:
+        say(f"{name} has no finished trial yet.")
+        return
+    left_out = "" if len(shown) == len(rows) else "; the others differ by less than their intervals, --all shows them"
+    print_front(shown, title=f"{name}: {len(shown)} of {len(rows)} plans{left_out}")
+
+
+def _as_json(rows: Sequence[Row], _name: str, _every: bool) -> None:
+    typer.echo(json.dumps(rows, indent=1))
+
+
+def _as_csv(rows: Sequence[Row], _name: str, _every: bool) -> None:
+    from ranksearch.search_result import as_table
+
+    typer.echo(as_table(rows).to_csv(index=False).rstrip())
+
+
+def _as_parquet(rows: Sequence[Row], name: str, _every: bool) -> None:
+    from ranksearch.search_result import as_table
+
+    path = Path(f"{name}-front.parquet")
+    as_table(rows).to_parquet(path)
+    say(str(path))
+
+
+_FORMATS: dict[str, Callable[[Sequence[Row], str, bool], None]] = {
+    "table": _as_table,
+    "json": _as_json,
+    "csv": _as_csv,
+    "parquet": _as_parquet,
+}
+
+
+def show_plan(
+    script: Path | None, name: str | None, trial: int, versus: int | None, *, home: Path, storage: str | None
+) -> None:
+    """One plan, layer by layer, beside another where asked."""
+    from ranksearch.search_result import plan_layers, read_profile, read_result
+
+    place = study_home(script, name, home)
+    result = read_result(place, storage)
+    plan = _plan_of(result.plans, trial)
+    other = None if versus is None else _plan_of(result.plans, versus)
+    columns = ["layer", "choice", "predicted loss", "ms saved", "bytes saved", "why"]
+    columns += [] if versus is None else [f"trial {versus}"]
+    rows = [
+        [
+            str(row["layer"]),
+            str(row["choice"]),
+            f"{row['predicted_loss']:.2g}",
+            f"{row['saved_ms']:+.3f}",
+            f"{row['saved_bytes']:+,}",
+            str(row["why"]),
+            *([] if other is None else [other.choice(row["layer"]).label]),
+        ]
+        for row in plan_layers(read_profile(place), plan)
+    ]
+    summaries = {row["trial"]: row["summary"] for row in result.rows}
+    print_table(columns, rows, title=f"trial {trial}: {summaries.get(trial, 'without figures')}")
+    if versus is not None:
+        say(f"trial {versus}: {summaries.get(versus, 'without figures')}")
+
+
+def export_choice(
+    script: Path | None,
+    name: str | None,
+    output: Path,
+    *,
+    goals: Mapping[str, Any],
+    minimize: str,
+    trial: int | None,
+    run_id: str | None,
+    force: bool,
+    home: Path,
+    storage: str | None,
+) -> None:
+    """Chooses a plan and writes it."""
+    from ranksearch.search_result import export_plan
+
+    row, note = export_plan(
+        study_home(script, name, home),
+        output,
+        goals=Goals(**goals),
+        minimize=minimize,
+        trial=trial,
+        run_id=run_id,
+        force=force,
+        storage=storage,
+    )
+    say(f"exported trial {row['trial']} to {output}: {row['summary']}")
+    say(note)
+
+
+def verify_export(directory: Path, script: Path | None) -> None:
+    """Prints each check; exits 1 where one does not hold."""
+    from ranksearch.verification import Check, verify_folder, verify_measured, verify_rebuilt
+
+    if not directory.is_dir():
+        raise StudyError(f"there is no export folder {directory}")
+    try:
+        checks = list(verify_folder(directory))
+    except RankSearchError as error:
+        checks = [Check(name="it can be read", holds=False, found=str(error))]
+    if script is not None and all(check.holds for check in checks):
+        from ranksearch.workbench import open_workbench
+
+        bench = open_workbench(load_study(script))
+        checks += [*verify_rebuilt(directory, bench), *verify_measured(directory, bench)]
+    for check in checks:
+        say(f"{'holds' if check.holds else 'FAILS'}  {check.name}: {check.found}")
+    if not all(check.holds for check in checks):
+        raise typer.Exit(EXIT_CHECK_FAILED)
+    say(f"{directory} does what it claims.")
+
+
+def _plan_of(plans: Mapping[int, Any], trial: int) -> Any:
+    if trial not in plans:
+        raise StudyError(f"there is no trial {trial}; trials are 0 to {max(plans, default=-1)}")
+    return plans[trial]

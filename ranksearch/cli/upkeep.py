@@ -1,0 +1,68 @@
+"""Commands beside the studies: ui, clean."""
+
+import contextlib
+import shutil
+import sys
+from pathlib import Path
+
+import typer
+
+from ranksearch.cache import cache_directory
+from ranksearch.cli.options import study_home
+from ranksearch.cli.stopping import Interrupts
+from ranksearch.cli.terminal import err, say
+from ranksearch.home import StudyHome, read_json, studies_in
+
+
+def serve_ui(script: Path | None, name: str | None, *, home: Path, tracking_uri: str | None, port: int) -> None:
+    """Serves MLflow until interrupted; a server that is running already is only pointed at."""
+    from ranksearch.tracking import find_study, page_url, resolve_tracking_uri, serve
+
+    place = study_home(script, name, home)
+    uri = resolve_tracking_uri(tracking_uri)
+    run = find_study(uri, None, place.name, identity=read_json(place.study).get("uid"))
+    with contextlib.suppress(KeyboardInterrupt), Interrupts():
+        with err.status("starting MLflow"):
+            server = serve(uri, port)
+        with server:
+            url = page_url(server.url, run.experiment_id, run.run_id)
+            say(url)
+            _open_browser(url)
+            if server.process is not None:
+                say("Ctrl-C ends it.")
+                server.process.wait()
+
+
+def clean_up(home: Path, yes: bool) -> None:
+    """Deletes caches and studies. Raises StudyError while one of them is run."""
+    places = studies_in(home)
+    doomed = [path for path in (cache_directory(), *(place.directory for place in places)) if path.is_dir()]
+    if not doomed:
+        say("There is nothing to delete.")
+        return
+    for path in doomed:
+        say(str(path))
+    if not yes and not typer.confirm("Delete these caches and studies?"):
+        say("Nothing was deleted.")
+        return
+    _delete(places, doomed)
+
+
+def _delete(places: list[StudyHome], doomed: list[Path]) -> None:
+    """Deletes the folders, none while one of the studies is run."""
+    from ranksearch.optimization import coordinator_lock
+
+    with contextlib.ExitStack() as locks:
+        for place in places:
+            locks.enter_context(coordinator_lock(place.directory))
+        for path in doomed:
+            shutil.rmtree(path)
+    say(f"Deleted {len(doomed)} folders.")
+
+
+def _open_browser(url: str) -> None:
+    """Where a person sits at this terminal; elsewhere a text browser might take it over."""
+    if sys.stdout.isatty():
+        import webbrowser
+
+        webbrowser.open(url)

@@ -1,0 +1,186 @@
+"""Who is told how a study goes: a person at the terminal, and MLflow."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+from ranksearch.evaluation import Evaluation
+from ranksearch.home import StudyHome, read_json
+from ranksearch.optimization import ResolvedLimits, TrialRecord, beaten_by, front
+from ranksearch.plan import Plan
+from ranksearch.results import Row, study_hypervolume, trial_rows
+from ranksearch.retention import keep_within
+from ranksearch.session import Session
+from ranksearch.spec import Objective
+from ranksearch.tracking import Tracker
+from ranksearch.workbench import Workbench
+
+WEIGHTS_MAX_BYTES = 2_000_000_000
+
+
+class Progress(Protocol):
+    """Who is told how a study goes."""
+
+    def stage(self, text: str) -> None:
+        """A new stage has begun."""
+
+    def study_opened(
+        self, bench: Workbench, home: StudyHome, history: Sequence[TrialRecord], total: int | None
+    ) -> None:
+        """Trials are about to start; `history` holds those of earlier runs, `total` is how many there shall be."""
+
+    def trial_started(self, number: int, plan: Plan, origin: str) -> None:
+        """A plan is about to be evaluated."""
+
+    def trial_ended(self, record: TrialRecord, row: Row | None) -> None:
+        """A trial was stored; a failed one has no row."""
+
+
+@final
+class Silent:
+    """Tells nobody."""
+
+    def stage(self, text: str) -> None:
+        pass
+
+    def study_opened(
+        self, bench: Workbench, home: StudyHome, history: Sequence[TrialRecord], total: int | None
+    ) -> None:
+        pass
+
+    def trial_started(self, number: int, plan: Plan, origin: str) -> None:
+        pass
+
+    def trial_ended(self, record: TrialRecord, row: Row | None) -> None:
+        pass
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Passes what the loop says to MLflow and to the terminal, and keeps the weights within their limit."""
+
+    objectives: Sequence[Objective]
+    limits: ResolvedLimits
+    home: StudyHome
+    tracker: Tracker
+    told: Progress
+    history: list[TrialRecord]
+    controls: list[Row] = field(default_factory=list)
+
+    def trial_started(self, number: int, plan: Plan, origin: str) -> str | None:
+        self.told.trial_started(number, plan, origin)
+        return self.tracker.trial_started(number, plan, origin)
+
+    def replay(self, bench: Workbench, total: int | None) -> None:
+        """Says where the study stands, and writes to MLflow what earlier runs, perhaps killed, did not."""
+        self.told.study_opened(bench, self.home, self.history, total)
+        for row in self.controls:
+            self.tracker.control_finished(str(row["origin"]).removeprefix("control: "), row)
+        rows = {row["trial"]: row for row in self.rows()}
+        for record in self.history:
+            if record.number in rows:
+                self._track(record, rows[record.number])
+
+    def trial_finished(self, record: TrialRecord) -> None:
+        self._remember(record)
+        rows = self.rows()
+        row = next(row for row in rows if row["trial"] == record.number)
+        self._track(record, row)
+        self.tracker.update_front(rows, study_hypervolume(self.history), step=record.number)
+        front = {r["trial"] for r in rows if r["pareto"]}
+        keep_within(
+            self.home.plans,
+            WEIGHTS_MAX_BYTES,
+            {r.plan.hash() for r in self.history if r.number in front or r.control},
+        )
+        self.told.trial_ended(record, row)
+
+    def trial_failed(self, record: TrialRecord) -> None:
+        self._remember(record)
+        self.tracker.trial_failed(record.number, record.plan, record.reason or "failed", origin=record.origin)
+        self.told.trial_ended(record, None)
+
+    def _remember(self, record: TrialRecord) -> None:
+        self.history[:] = [*(known for known in self.history if known.number != record.number), record]
+
+    def _track(self, record: TrialRecord, row: Row) -> None:
+        assert record.evaluation is not None, "a finished trial has an evaluation"
+        self.tracker.trial_finished(
+            record.number,
+            record.plan,
+            row,
+            state=record.state.upper(),
+            reason=record.evaluation.stopped,
+            extra_metrics=_extra_metrics(record.evaluation),
+        )
+
+    def finish(self, status: str) -> None:
+        """Ends the study's run in MLflow with front and pictures."""
+        rows = self.rows()
+        self.told.stage("writing the front to MLflow")
+        self.tracker.update_front(rows, study_hypervolume(self.history), step=len(self.history))
+        self.tracker.finish([*rows, *self.controls], title=self.home.name, status=status)
+
+    def beaten_by(self, figures: Mapping[str, Any]) -> str | None:
+        """Why a plan of these figures is not worth training, by the trials so far; None where it may be."""
+        trained = {r.number: r.evaluation for r in self.history if r.state == "complete" and r.evaluation is not None}
+        members = [record.number for record in front(self.history, self.objectives)]
+        return beaten_by(figures, trained, members)
+
+    def rows(self) -> list[Row]:
+        """Every evaluated plan as it stands now."""
+        return trial_rows(self.history, self.objectives, self.limits, read_json(self.home.remeasured))
+
+
+def open_tracker(
+    bench: Workbench, session: Session, tracking_uri: str | None, experiment: str | None, sampler: str
+) -> Tracker:
+    """The study's run in MLflow, made or gone on with."""
+    spec = bench.spec
+    return Tracker.open(
+        tracking_uri,
+        experiment,
+        spec.name,
+        _description(bench, session),
+        identity=session.uid,
+        params={
+            "sampler": sampler,
+            "seed": spec.seed,
+            "runtime": spec.target.runtime,
+            "device": spec.target.device,
+            "batch_size": spec.target.batch_size,
+            "precision": spec.target.precision,
+            "n_layers": len(bench.found.layers),
+        },
+    )
+
+
+def _extra_metrics(evaluation: Evaluation) -> dict[str, float]:
+    metrics = {f"seconds/{step}": seconds for step, seconds in evaluation.seconds.items()}
+    for name in ("predicted_loss", "quick_drop", "output_distance"):
+        value = getattr(evaluation, name)
+        if value is not None:
+            metrics[name] = value
+    return metrics
+
+
+def _description(bench: Workbench, session: Session) -> str:
+    spec, dense = bench.spec, bench.dense
+    goals = ", ".join(
+        f"{name} {value}"
+        for name, value in (
+            ("max drop", spec.goals.max_drop),
+            ("max latency", spec.goals.max_latency),
+            ("max size", spec.goals.max_size),
+        )
+        if value is not None
+    )
+    return (
+        f"# {spec.name}\n\n"
+        f"Dense: score {dense.scores.value:.4f} on {dense.scores.n_examples} validation examples, "
+        f"{session.dense_latency_ms:.3f} ms, {dense.model_bytes:,} bytes.\n\n"
+        f"Target: {spec.target.runtime} on {spec.target.device}, batch {spec.target.batch_size}, "
+        f"precision {spec.target.precision}; noise floor ±{session.noise_floor:.1%}.\n\n"
+        f"Goals: {goals or 'none'}.\n"
+    )

@@ -1,0 +1,148 @@
+"""A study as it stands: measured at its start and kept in its home, read again when it is resumed."""
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranksearch.cache import Cache, cache_directory, write_atomically
+from ranksearch.candidates import Profile
+from ranksearch.compression import Factorisations
+from ranksearch.controls import control_plans
+from ranksearch.errors import StudyError
+from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.latency import compare, device_lock
+from ranksearch.plan import Plan
+from ranksearch.profiling import LayerTimer, ProfileMaker
+from ranksearch.remeasure import target_record
+from ranksearch.workbench import Workbench, to_arrays
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What a run needs beside the workbench; the figures are those of the study's start."""
+
+    uid: str
+    dense_accuracy: float
+    dense_latency_ms: float
+    noise_floor: float
+    factorisations: Factorisations
+    controls: list[tuple[str, Plan]]
+    profile: Profile
+
+
+def prepare(bench: Workbench, home: StudyHome, stage: Callable[[str], None]) -> Session:
+    """Begins a study, or reads how it was begun. Raises StudyError where it was timed on another machine."""
+    record = read_json(home.study)
+    if record:
+        _check_machine(record, target_record(bench), bench.spec.name)
+    stage("calibration: one pass over the dense model")
+    factorisations = bench.factorisations()
+    controls = control_plans(bench)
+    if record:
+        profile = _read_table(home)
+    else:
+        stage("measuring dense and the noise floor")
+        latency_ms, noise = dense_latency(bench)
+        profile = make_profile(bench, factorisations, controls, latency_ms, lambda name: stage(f"profiling {name}"))
+        record = _begin(bench, home, profile, latency_ms, noise)
+    return Session(
+        uid=record["uid"],
+        dense_accuracy=record["dense_accuracy"],
+        dense_latency_ms=record["dense_latency_ms"],
+        noise_floor=record["noise_floor"],
+        factorisations=factorisations,
+        controls=controls,
+        profile=profile,
+    )
+
+
+def remember_script(home: StudyHome, script: str | Path | None) -> None:
+    """Records the study script's path, for commands that name it later."""
+    record = read_json(home.study)
+    path = None if script is None else str(Path(script).resolve())
+    if record.get("script", "") != path:
+        write_json(home.study, {**record, "script": path})
+
+
+def start_over(home: StudyHome) -> None:
+    """Moves an earlier study of this home aside; nothing of it is deleted."""
+    if not home.study.exists() and not home.journal.exists():
+        return
+    number = 1
+    while (aside := home.directory.with_name(f"{home.name}.old-{number}")).exists():
+        number += 1
+    home.directory.rename(aside)
+
+
+def dense_latency(bench: Workbench) -> tuple[float, float]:
+    """Dense's latency on the target in ms, and the noise floor: how far the same model differs from itself."""
+    again = bench.dense.session.bind(to_arrays(bench.example))
+    with device_lock(bench.spec.target):
+        latency = compare(again, bench.dense.run, n_blocks=40, max_seconds=3.0, seed=bench.spec.seed)
+    return latency.reference_ms, max(abs(latency.ratio_low - 1), abs(latency.ratio_high - 1))
+
+
+def make_profile(
+    bench: Workbench,
+    factorisations: Factorisations,
+    controls: Sequence[tuple[str, Plan]],
+    dense_latency_ms: float,
+    on_layer: Callable[[str], None],
+) -> Profile:
+    """The candidate table of an opened study."""
+    spec, target = bench.spec, bench.spec.target
+    cache = Cache(directory=cache_directory() / "latency")
+    maker = ProfileMaker(
+        model=bench.model,
+        layers=bench.found.layers,
+        factorisations=factorisations,
+        calibration=bench.calibration,
+        loss=spec.loss,
+        space=spec.space,
+        objectives=spec.objectives,
+        bits=lambda layer: bench.runtime.supported_bits(layer, target),
+        time_layer=LayerTimer(runtime=bench.runtime, target=target, cache=cache),
+        weight_limit=bench.weight_limit,
+    )
+    with device_lock(target):
+        return maker.make([plan for _, plan in controls], dense_latency_ms, bench.dense.model_bytes, on_layer)
+
+
+def _check_machine(record: dict[str, Any], now: dict[str, Any], name: str) -> None:
+    """Raises StudyError where the same target is another machine now; another target is told as a difference."""
+    then, here = record["fingerprint"], now["fingerprint"]
+    differing = [f"{key} {then.get(key)}, now {here[key]}" for key in here if then.get(key) != here[key]]
+    if differing and record["target"] == now["target"]:
+        raise StudyError(
+            f"study {name!r} was timed elsewhere ({'; '.join(differing)}), and latencies of two machines cannot be "
+            "compared; go on there, or start over with --new"
+        )
+
+
+def _read_table(home: StudyHome) -> Profile:
+    try:
+        text = home.candidates.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"{home.candidates} cannot be read: {error}; restore it, or start over with --new") from None
+    return Profile.from_json(text, source=str(home.candidates))
+
+
+def _begin(bench: Workbench, home: StudyHome, profile: Profile, latency_ms: float, noise: float) -> dict[str, Any]:
+    """Writes the table and then the study's record: a study whose record exists has its table."""
+    record = {
+        "name": bench.spec.name,
+        "seed": bench.spec.seed,
+        "uid": uuid.uuid4().hex,
+        "objectives": list(bench.spec.objectives),
+        "dense_latency_ms": latency_ms,
+        "noise_floor": noise,
+        "dense_accuracy": bench.dense.scores.value,
+        "dense_bytes": bench.dense.model_bytes,
+        "skipped": dict(bench.found.skipped),
+        **target_record(bench),
+    }
+    write_atomically(home.candidates, profile.to_json().encode())
+    write_json(home.study, record)
+    return record

@@ -1,0 +1,71 @@
+"""Stopping before training: only where the prediction has earned it, and only what is surely beaten."""
+
+import numpy as np
+import pytest
+
+from ranksearch.evaluation import Evaluation
+from ranksearch.optimization.stopping import beaten_by, least_drop, rank_agreement
+from ranksearch.plan import Plan
+
+
+def trained(predicted: float, drop: float, ratio: float, n_bytes: float = 0.5, width: float = 0.002) -> Evaluation:
+    return Evaluation(
+        plan=Plan(layers={}),
+        rung="fine_tuned",
+        accuracy=0.9 - drop,
+        accuracy_drop=drop,
+        drop_low=drop - width,
+        drop_high=drop + width,
+        latency_ms=ratio,
+        latency_p95_ms=ratio,
+        latency_ratio=ratio,
+        ratio_low=ratio * 0.99,
+        ratio_high=ratio * 1.01,
+        model_bytes=int(1000 * n_bytes),
+        bytes_ratio=n_bytes,
+        n_params=1,
+        macs=1,
+        predicted_loss=predicted,
+        seconds={},
+    )
+
+
+ORDERLY = {i: trained(predicted=0.01 * i, drop=0.005 * i, ratio=0.5 + 0.001 * i) for i in range(1, 12)}
+HOPELESS = {"predicted_loss": 0.105, "ratio_low": 0.6, "bytes_ratio": 0.6}
+
+
+def test_agreement_is_told_inside_bands_of_latency_alone() -> None:
+    predicted = np.array([1.0, 2.0, 1.0, 2.0])
+    drops = np.array([2.0, 1.0, 20.0, 10.0])
+    latencies = np.array([1.00, 1.01, 0.50, 0.505])
+    assert rank_agreement(predicted, drops, latencies) == (-1.0, 2)
+    assert rank_agreement(predicted, np.array([1.0, 2.0, 10.0, 20.0]), latencies) == (1.0, 2)
+    assert rank_agreement(predicted, drops, np.array([1.0, 2.0, 4.0, 8.0])) == (0.0, 0)
+
+
+def test_a_plan_that_a_front_member_surely_beats_is_stopped() -> None:
+    heavy = {20 + i: trained(predicted=0.2 + 0.01 * i, drop=0.08 + 0.01 * i, ratio=0.9 + 0.001 * i) for i in range(6)}
+    reason = beaten_by(HOPELESS, {**ORDERLY, **heavy}, front=[1])
+    assert reason is not None
+    assert "trial 1" in reason
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{**HOPELESS, "ratio_low": 0.4}, {**HOPELESS, "bytes_ratio": 0.4}, {**HOPELESS, "predicted_loss": 0.001}],
+    ids=["faster", "smaller", "promising"],
+)
+def test_what_may_be_better_in_anything_is_trained(figures: dict[str, float]) -> None:
+    heavy = {20 + i: trained(predicted=0.2 + 0.01 * i, drop=0.08 + 0.01 * i, ratio=0.9 + 0.001 * i) for i in range(6)}
+    assert beaten_by(figures, {**ORDERLY, **heavy}, front=[1]) is None
+
+
+def test_a_prediction_that_orders_plans_wrongly_stops_nothing() -> None:
+    rng = np.random.default_rng(0)
+    shuffled = {i: trained(0.01 * i, 0.005 * d, 0.5 + 0.001 * i) for i, d in enumerate(rng.permutation(30))}
+    assert beaten_by({**HOPELESS, "predicted_loss": 0.0}, shuffled, front=[0]) is None
+
+
+def test_too_few_witnesses_prove_nothing() -> None:
+    assert least_drop(0.1, [trained(0.2, 0.05, 0.5)] * 4) == float("-inf")
+    assert least_drop(0.1, [trained(0.2, 0.05, 0.5)] * 5) == pytest.approx(0.048)

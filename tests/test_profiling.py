@@ -1,0 +1,220 @@
+"""The candidate table of a trained network, with latencies from a formula and from the runtime."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_study import INT8
+from torch import nn
+
+from ranksearch.cache import Cache
+from ranksearch.candidates import Candidate, Profile
+from ranksearch.compression import Factorisations, compress, rebuild
+from ranksearch.controls import control_plans
+from ranksearch.layers import LayerInfo, LayerSpec
+from ranksearch.pareto import non_dominated
+from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.profiling import MAX_CANDIDATES, LayerTimer, ProfileMaker
+from ranksearch.scoring import output_distance
+from ranksearch.spec import Objective, Space
+from ranksearch.weights import packed_bytes
+from ranksearch.workbench import Workbench
+
+DENSE_MS = 2.0
+
+
+def ratio(choice: LayerChoice) -> float:
+    """A latency that lies: eight bits halve it, ranks scale it, and one in five choices is slow."""
+    rank = sum(choice.ranks) / 40 if choice.ranks else 1.0
+    slow = 1.5 if sum(choice.ranks) % 5 == 4 else 1.0
+    return rank * slow * (0.5 if choice.weight_bits == 8 else 1.0)
+
+
+def by_formula(_info: LayerInfo, _layer: nn.Module, choice: LayerChoice) -> tuple[float, float]:
+    # Dense against itself is timed with noise, which must not be told as a figure.
+    return (0.9, 0.4) if choice == DENSE else (ratio(choice), 0.4)
+
+
+def supported(spec: LayerSpec) -> tuple[tuple[int, int], ...]:
+    return ((32, 32), (8, 8))
+
+
+def make(
+    bench: Workbench, factorisations: Factorisations, controls: Sequence[Plan] | None = None, **changes: Any
+) -> Profile:
+    fields: dict[str, Any] = {
+        "model": bench.model,
+        "layers": bench.found.layers,
+        "factorisations": factorisations,
+        "calibration": bench.calibration,
+        "loss": bench.spec.loss,
+        "space": bench.spec.space,
+        "objectives": ("drop", "latency", "bytes"),
+        "bits": supported,
+        "time_layer": by_formula,
+        "weight_limit": 127,
+    }
+    plans = [plan for _, plan in control_plans(bench)] if controls is None else controls
+    return ProfileMaker(**(fields | changes)).make(plans, DENSE_MS, bench.dense.model_bytes)
+
+
+@pytest.fixture(scope="module")
+def profile(bench: Workbench, factorisations: Factorisations) -> Profile:
+    return make(bench, factorisations)
+
+
+def kept(bench: Workbench, layer: str) -> set[LayerChoice]:
+    return {DENSE, *(plan.choice(layer) for _, plan in control_plans(bench))}
+
+
+def losses(candidates: Sequence[Candidate], objectives: Sequence[Objective]) -> np.ndarray[Any, Any]:
+    columns = {"drop": "loss", "latency": "latency_ms", "bytes": "n_bytes"}
+    return np.array([[getattr(candidate, columns[name]) for name in objectives] for candidate in candidates])
+
+
+def test_every_layer_has_dense_and_the_controls_fastest_first(profile: Profile, bench: Workbench) -> None:
+    assert [layer.name for layer in profile.layers] == list(bench.found.layers)
+    for layer in profile.layers:
+        choices = [candidate.choice for candidate in layer.candidates]
+        assert len(set(choices)) == len(choices) <= MAX_CANDIDATES
+        assert kept(bench, layer.name) <= set(choices) and INT8 in choices
+        times = [candidate.latency_ms for candidate in layer.candidates]
+        assert times == sorted(times)
+        assert layer.candidates[layer.dense].loss == 0.0
+
+
+@pytest.mark.parametrize("objectives", [("drop", "latency", "bytes"), ("drop", "latency"), ("drop", "bytes")])
+def test_no_other_candidate_is_dominated(
+    objectives: tuple[Objective, ...], bench: Workbench, factorisations: Factorisations
+) -> None:
+    for layer in make(bench, factorisations, objectives=objectives).layers:
+        good = non_dominated(losses(layer.candidates, objectives))
+        dominated = {c.choice for c, is_good in zip(layer.candidates, good, strict=True) if not is_good}
+        assert dominated <= kept(bench, layer.name)
+
+
+def test_the_same_times_give_the_same_table(profile: Profile, bench: Workbench, factorisations: Factorisations) -> None:
+    again = make(bench, factorisations)
+    assert again == profile and again.hash() == profile.hash()
+    assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_bytes_are_what_a_layer_alone_would_take(profile: Profile, bench: Workbench) -> None:
+    for layer in profile.layers:
+        module = nn.Sequential(bench.model.get_submodule(layer.name))
+        for candidate in layer.candidates:
+            assert candidate.n_bytes == packed_bytes(rebuild(module, Plan(layers={"0": candidate.choice})))
+
+
+def test_latencies_are_ratios_to_dense_and_never_more_than_the_model_takes(profile: Profile) -> None:
+    for layer in profile.layers:
+        dense_ms = layer.candidates[layer.dense].latency_ms
+        for candidate in layer.candidates:
+            assert candidate.latency_ms == pytest.approx(dense_ms * ratio(candidate.choice))
+    dense_ms = sum(layer.candidates[layer.dense].latency_ms for layer in profile.layers)
+    assert dense_ms == pytest.approx(4 * 0.4)  # below the model's, so as they are
+
+
+def test_layers_that_take_longer_alone_than_the_model_are_scaled(
+    bench: Workbench, factorisations: Factorisations
+) -> None:
+    table = make(bench, factorisations, time_layer=lambda _info, _layer, choice: (ratio(choice), 5.0))
+    assert sum(layer.candidates[layer.dense].latency_ms for layer in table.layers) == pytest.approx(0.95 * DENSE_MS)
+    indices = [0] * len(table.layers)
+    assert 0 < table.predict(indices)[1] < 1
+
+
+def test_losses_are_nats_of_kl_by_measurement(
+    profile: Profile, bench: Workbench, factorisations: Factorisations
+) -> None:
+    """A layer's loss is that of the model with this layer alone changed, to within the closed form's error."""
+    inputs = bench.calibration[3][0]
+    predicted, measured = [], []
+    for layer in profile.layers:
+        for candidate in layer.candidates:
+            if candidate.choice.decomposition != "none" and candidate.choice.weight_bits == 32:
+                plan = Plan(layers={layer.name: candidate.choice})
+                changed = compress(
+                    bench.model, plan, calibration=bench.calibration[:2], factorisations=factorisations
+                ).eval()
+                measured.append(
+                    output_distance(changed(inputs).detach(), bench.model(inputs).detach(), bench.spec.loss)
+                )
+                predicted.append(candidate.loss)
+    ratios = np.log(np.array(predicted) / np.array(measured))
+    assert len(ratios) >= 8
+    assert abs(np.median(ratios)) < np.log(2.5) and np.corrcoef(np.log(predicted), np.log(measured))[0, 1] > 0.8
+
+
+def test_eight_bits_cost_something_more_than_float(profile: Profile) -> None:
+    for layer in profile.layers:
+        by_choice = {candidate.choice: candidate.loss for candidate in layer.candidates}
+        assert by_choice[INT8] > 0.0
+        for choice, loss in by_choice.items():
+            twin = choice.model_copy(update={"weight_bits": 32, "activation_bits": 32})
+            if choice.weight_bits == 8 and twin in by_choice:
+                assert loss > by_choice[twin]
+
+
+@pytest.mark.parametrize(
+    ("space", "bits", "decompositions"),
+    [
+        (Space(weight_bits=(8,), rank_multiple=2), {8}, {"none", "svd", "spatial_svd", "tucker2"}),
+        (Space(weight_bits=(32,), rank_multiple=2), {32}, {"none", "svd", "spatial_svd", "tucker2"}),
+        (Space(decompositions=("svd",), rank_multiple=2), {32, 8}, {"svd"}),
+    ],
+)
+def test_the_space_bounds_all_but_the_controls(
+    space: Space, bits: set[int], decompositions: set[str], bench: Workbench, factorisations: Factorisations
+) -> None:
+    narrow = replace(bench, spec=replace(bench.spec, space=space))
+    plans = [plan for _, plan in control_plans(narrow)]
+    table = make(narrow, factorisations, plans, space=space)
+    for layer in table.layers:
+        wanted = {DENSE, *(plan.choice(layer.name) for plan in plans)}
+        found = {candidate.choice for candidate in layer.candidates}
+        assert wanted <= found
+        assert {choice.weight_bits for choice in found - wanted} <= bits
+        assert {choice.decomposition for choice in found - wanted} <= decompositions
+
+
+def test_a_target_without_int8_gets_none(bench: Workbench, factorisations: Factorisations) -> None:
+    table = make(bench, factorisations, [], bits=lambda _spec: ((32, 32),))
+    assert all(c.choice.weight_bits == 32 for layer in table.layers for c in layer.candidates)
+
+
+@given(data=st.data())
+@settings(max_examples=8, deadline=None)
+def test_whatever_the_times(data: st.DataObject, bench: Workbench, factorisations: Factorisations) -> None:
+    ratios: dict[str, float] = {}
+
+    def time_layer(info: LayerInfo, _layer: nn.Module, choice: LayerChoice) -> tuple[float, float]:
+        key = info.name + choice.key()
+        if key not in ratios:
+            ratios[key] = data.draw(st.floats(0.05, 3.0))
+        return ratios[key], 0.3
+
+    layers = {name: info for name, info in bench.found.layers.items() if name in ("3", "8")}
+    table = make(bench, factorisations, layers=layers, time_layer=time_layer)
+    for layer in table.layers:
+        good = non_dominated(losses(layer.candidates, ("drop", "latency", "bytes")))
+        dominated = {c.choice for c, is_good in zip(layer.candidates, good, strict=True) if not is_good}
+        assert dominated <= kept(bench, layer.name)
+        assert layer.candidates[layer.dense].choice == DENSE and len(layer.candidates) <= MAX_CANDIDATES
+
+
+def test_a_layer_is_timed_at_the_targets_batch_once(bench: Workbench, tmp_path: Path) -> None:
+    info = bench.found.layers["3"]
+    assert info.input_shape[0] == bench.spec.target.batch_size
+    timer = LayerTimer(runtime=bench.runtime, target=bench.spec.target, cache=Cache(directory=tmp_path))
+    layer = bench.model.get_submodule("3")
+    first = timer(info, layer, INT8)
+    assert all(figure > 0 for figure in first)
+    assert timer(info, layer, INT8) == first and len(list(tmp_path.iterdir())) == 1
+    timer(info, layer, DENSE)
+    assert len(list(tmp_path.iterdir())) == 2
