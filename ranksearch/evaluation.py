@@ -23,7 +23,7 @@ from ranksearch.workbench import Workbench, first_rows, to_arrays
 Rung = Literal["latency", "quick", "fine_tuned", "full"]
 
 # What a trial may spend on narrowing its latency interval; the front is measured again at more length.
-MAX_LATENCY_SECONDS = 1.5
+MAX_LATENCY_SECONDS = 1.0
 
 FRONT_COLUMNS = (
     "trial", "run_id", "summary", "accuracy", "accuracy_drop", "drop_low", "drop_high",

@@ -21,7 +21,7 @@ from ranksearch.workbench import SessionModel, Workbench, open_workbench, to_arr
 Figures = dict[str, float | None]
 
 # What a member of the front may take to narrow its latency's interval.
-MAX_LATENCY_SECONDS = 3.0
+MAX_LATENCY_SECONDS = 2.0
 
 
 def remeasure_in_fresh_process(

@@ -21,6 +21,9 @@ DIRECTIONS: dict[frozenset[str], tuple[tuple[float, float], ...]] = {
     frozenset({"bytes"}): ((0.05, 0.95),),
 }
 
+# A layer may cost nothing by the table, whose figures are differences of measurements.
+SMALLEST_COST = 1e-6
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
@@ -185,9 +188,12 @@ def _along(
     taken: set[tuple[int, ...]],
     rng: np.random.Generator,
 ) -> Plans:
-    """Up to `n` plans of the path, one near a random place of each of `n` equal stretches of its cost."""
+    """Up to `n` plans of the path, one near a random place of each of `n` stretches of its cost.
+
+    Stretches are equal in the logarithm: twice as small is worth the same anywhere, and drops begin where cost is low.
+    """
     free = [plan for plan in dict.fromkeys(path) if plan not in taken]
-    costs = np.array([_cost(table, plan, weights) for plan in free])
+    costs = np.log(np.maximum([_cost(table, plan, weights) for plan in free], SMALLEST_COST))
     left = costs.copy()
     chosen: Plans = []
     for stretch in range(min(n, len(free))):

@@ -32,8 +32,8 @@ class Seed:
 
 
 def default_n_prices(n_trials: int) -> int:
-    """A third of the trials, but six at least, and no more than twenty."""
-    return min(max(n_trials // 3, 6), 20)
+    """Half of the trials, but six at least, and no more than twenty."""
+    return min(max(n_trials // 2, 6), 20)
 
 
 def make_seeds(

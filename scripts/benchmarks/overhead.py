@@ -31,7 +31,7 @@ class Stopwatch:
     def stage(self, text: str) -> None:
         pass
 
-    def study_opened(self, bench: Any, home: Any, history: Sequence[Any]) -> None:
+    def study_opened(self, bench: Any, home: Any, history: Sequence[Any], total: int | None) -> None:
         self._last = time.perf_counter()
         self.before_trials = self._last - self.started
 
