@@ -1,4 +1,4 @@
-"""Contract suites for decompositions of your own: they raise AssertionError with what does not hold."""
+"""Contract suites for decompositions and runtimes of your own: they raise AssertionError with what does not hold."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions import AbstractDecomposition, Factorisation, Options, Ranks
 from ranksearch.layers import ConvSpec, LayerSpec, LinearSpec, PaddingMode, build_layer
+from ranksearch.runtimes.contract import check_runtime
+
+__all__ = ["check_decomposition", "check_runtime", "convolution"]
 
 _PLAIN = (nn.Sequential, nn.Conv2d, nn.Linear)
 

@@ -15,9 +15,9 @@ from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.layers import layer_spec
 from ranksearch.quantization import observe_ranges, quantize_module
 from ranksearch.runtimes import RUNTIMES, base, get_runtime, int8_kernels, register_runtime
-from ranksearch.runtimes.contract import check_runtime
 from ranksearch.spec import Target
 from ranksearch.surgery import replace_modules
+from ranksearch.testing import check_runtime
 
 TARGET = Target(threads=1, batch_size=4)
 OPENVINO = RUNTIMES["openvino"]
