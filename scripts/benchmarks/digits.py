@@ -1,8 +1,9 @@
 """Does the embedded study find a plan that is worth it? Repeats training, search, export and verification over seeds.
 
 Targets, as medians: at least 4x smaller and 3x faster than dense float32, faster than dense at the runtime's default
-precision, smaller or faster by 1.2x than the best control at the same drop, and a drop of at most 0.01 on the test
-split, measured again in a fresh process. Intervals are the range over the seeds.
+precision, smaller or faster by 1.2x than the best control at the same drop, at least 8 plans on the front, and a drop
+of at most 0.01 on the test split, measured again in a fresh process. Intervals are the range over the seeds.
+`--quick` asks for no number of plans.
 """
 
 import json
@@ -15,7 +16,13 @@ from typing import Any
 from common import ROOT, median_and_range, options, report, scratch
 
 STUDY = ROOT / "studies" / "digits.py"
-TARGETS = {"smaller": 4.0, "faster": 3.0, "over default precision": 1.0, "over best control": 1.2}
+TARGETS = {
+    "smaller": 4.0,
+    "faster": 3.0,
+    "over default precision": 1.0,
+    "over best control": 1.2,
+    "plans on the front": 8,
+}
 MAX_TEST_DROP = 0.01
 
 
@@ -33,18 +40,19 @@ def main() -> None:
             print(f"seed {seed}: {rows[-1]}", flush=True)
     names = list(rows[0])
     figures = {name: median_and_range([row[name] for row in rows]) for name in names}
-    holds = all(figures[name]["median"] >= target for name, target in TARGETS.items())
+    targets = {name: t for name, t in TARGETS.items() if not (arguments.quick and name == "plans on the front")}
+    holds = all(figures[name]["median"] >= target for name, target in targets.items())
     holds = holds and figures["test drop"]["median"] <= MAX_TEST_DROP
     lines = ["", f"{'':24} {'median':>9} {'low':>9} {'high':>9}   target"]
     for name in names:
         figure = figures[name]
-        target = TARGETS.get(name, f"<= {MAX_TEST_DROP}" if name == "test drop" else "")
+        target = targets.get(name, f"<= {MAX_TEST_DROP}" if name == "test drop" else "")
         lines.append(f"{name:24} {figure['median']:9.4f} {figure['low']:9.4f} {figure['high']:9.4f}   {target}")
     scope = f"digits, {seeds} seed(s) of training and search, {trials} trials each"
     report(
         arguments,
         lines,
-        {"figures": figures, "targets": {**TARGETS, "test drop": MAX_TEST_DROP}, "holds": holds, "scope": scope},
+        {"figures": figures, "targets": {**targets, "test drop": MAX_TEST_DROP}, "holds": holds, "scope": scope},
     )
 
 
