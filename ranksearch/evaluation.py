@@ -22,8 +22,8 @@ from ranksearch.workbench import Workbench, first_rows, to_arrays
 
 Rung = Literal["latency", "quick", "fine_tuned", "full"]
 
-# What a trial may spend on narrowing its latency interval; the front is measured again at more length.
-MAX_LATENCY_SECONDS = 1.0
+# A trial's latency interval is as narrow as this, or what these seconds give; the front is measured again at length.
+N_LATENCY_BLOCKS, NARROW, MAX_LATENCY_SECONDS = 12, 0.02, 1.0
 
 FRONT_COLUMNS = (
     "trial", "run_id", "summary", "accuracy", "accuracy_drop", "drop_low", "drop_high",
@@ -134,7 +134,14 @@ class Evaluator:
             session = bench.runtime.prepare(candidate, bench.example, bench.spec.target)
             run = session.bind(to_arrays(bench.example))
         with self._timed(seconds, "latency"), device_lock(bench.spec.target):
-            latency = compare(run, bench.dense.run, max_seconds=self.max_latency_seconds, seed=bench.spec.seed)
+            latency = compare(
+                run,
+                bench.dense.run,
+                n_blocks=N_LATENCY_BLOCKS,
+                narrow=NARROW,
+                max_seconds=self.max_latency_seconds,
+                seed=bench.spec.seed,
+            )
         return {
             "plan": plan,
             "model_bytes": model_bytes,

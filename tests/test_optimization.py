@@ -58,6 +58,22 @@ def test_controls_come_first_then_uniform_then_prices_then_the_sampler(sampler_n
     assert [record.control for record in found[:3]] == [True, True, False]
 
 
+def test_prices_beyond_the_first_six_fill_gaps_between_members_of_the_front() -> None:
+    with opened() as study:
+        search(study, PROFILE, n_trials=16, n_prices=12)
+        found = read_records(study)
+    prices = [record for record in found if record.origin == "prices"]
+    coarse = [PROFILE.plan(plan) for plan in price_sweep(PROFILE, 6, 0)]
+    refined = [record for record in prices if record.plan not in coarse]
+    assert len(refined) == 6
+    for record in refined:
+        ratios = [
+            r.evaluation.latency_ratio + r.evaluation.bytes_ratio for r in front(found, OBJECTIVES) if r.evaluation
+        ]
+        assert record.evaluation is not None
+        assert min(ratios) <= record.evaluation.latency_ratio + record.evaluation.bytes_ratio <= max(ratios)
+
+
 @pytest.mark.parametrize("sampler_name", SAMPLERS)
 def test_no_plan_runs_twice_and_every_trial_is_told(sampler_name: str) -> None:
     with opened() as study:

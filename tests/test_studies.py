@@ -91,7 +91,7 @@ def test_digits_network_has_about_a_million_weights(digits: ModuleType) -> None:
 
 def test_digits_training_learns_and_depends_on_the_seed_alone(digits: ModuleType) -> None:
     before = torch.get_rng_state()
-    networks = [digits.train_network(seed, max_steps=2) for seed in (0, 0, 1)]
+    networks = [digits.train_network(seed, n_epochs=1) for seed in (0, 0, 1)]
     assert torch.equal(before, torch.get_rng_state())
     weights = [network.conv3.weight for network in networks]
     assert torch.allclose(weights[0], weights[1], atol=1e-4)
@@ -104,7 +104,7 @@ def test_digits_trains_once(digits: ModuleType, tmp_path: Path, monkeypatch: pyt
 
     def train_briefly(seed: int) -> torch.nn.Module:
         seeds.append(seed)
-        return train(seed, max_steps=2)
+        return train(seed, n_epochs=1)
 
     train = digits.train_network
     monkeypatch.setattr(digits, "train_network", train_briefly)

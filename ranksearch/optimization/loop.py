@@ -12,7 +12,15 @@ from ranksearch.evaluation import Evaluation
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, read_records
 from ranksearch.optimization.samplers import make_sampler
-from ranksearch.optimization.seeds import default_n_prices, enqueue, fail_stale, fix_seeds, make_seeds, neighbour
+from ranksearch.optimization.seeds import (
+    default_n_prices,
+    enqueue,
+    fail_stale,
+    fix_seeds,
+    make_seeds,
+    neighbour,
+    next_seed,
+)
 from ranksearch.optimization.space import n_plans, to_params
 from ranksearch.optimization.trials import Callbacks, Search, try_next
 from ranksearch.plan import Plan
@@ -43,7 +51,7 @@ def optimise(
 ) -> None:
     """Tries plans until the study has `n_trials`, time is up, it shall stop, or every plan was tried.
 
-    First the controls, then a uniform plan and `n_prices` of the price sweep (0: neither), then the sampler. Trials
+    First the controls, then a uniform plan and `n_prices` prices (0: neither), then the sampler. Trials
     that an earlier process left unfinished come before all else. No plan runs twice. A trial that cannot end before
     `deadline`, on `clock`, by the mean time so far, is not started. `n_trials` is the study's total of complete and
     pruned trials; controls and duplicates do not count.
@@ -89,7 +97,7 @@ def _finished(search: Search) -> bool:
     if search.history.n_counted < search.n_trials:
         return False
     tried = {record.plan.hash() for record in search.history.records if not record.queued_again}
-    controls = [search.profile.plan(seed.indices).hash() for seed in search.seeds if seed.control]
+    controls = [search.profile.plan(seed.indices).hash() for seed in search.seeds.fixed if seed.control]
     return all(control in tried for control in controls)
 
 
@@ -102,12 +110,13 @@ def _enqueue_next(search: Search) -> bool:
     trials = search.study.get_trials(deepcopy=False)
     if any(trial.state is TrialState.WAITING for trial in trials):
         return True
-    asked = {trial.user_attrs.get("seed") for trial in trials}
-    for number, seed in enumerate(search.seeds):
-        if number not in asked:
-            params = to_params(search.profile, seed.indices)
-            enqueue(search.study, params, origin=seed.origin, control=seed.control, seed=number)
-            return True
+    asked = {trial.user_attrs["seed"] for trial in trials if "seed" in trial.user_attrs}
+    planned = next_seed(search.seeds, asked, search.profile, search.history, search.objectives)
+    if planned is not None:
+        number, seed = planned
+        params = to_params(search.profile, seed.indices)
+        enqueue(search.study, params, origin=seed.origin, control=seed.control, seed=number)
+        return True
     if search.history.n_repeats < MAX_REPEATS:
         return True
     last = search.profile.indices(search.history.records[-1].plan)

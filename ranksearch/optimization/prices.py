@@ -94,13 +94,41 @@ def price_sweep(
     front. Fewer than `n` where the front holds fewer. Sorted from dear to cheap; dense first, the cheapest last.
     """
     table = Table.of(profile)
-    directions = DIRECTIONS.get(frozenset(objectives) - {"drop"}, DIRECTIONS[frozenset({"latency", "bytes"})])
+    directions = _directions(objectives)
     paths = [price_path(table, *weights) for weights in directions]
     cheapest = paths[0][-1] if paths[0] else table.dense
     ends = list(dict.fromkeys([table.dense, cheapest]))[: max(n, 0)]
     inner = _spread(table, paths, directions, n - len(ends), taken=set(ends), rng=np.random.default_rng(seed))
     inner.sort(key=lambda plan: -_cost(table, plan, directions[0]))
     return ends[:1] + inner + ends[1:]
+
+
+def refine(
+    profile: Profile,
+    tried: Sequence[tuple[int, ...]],
+    front: Sequence[tuple[int, ...]],
+    number: int,
+    objectives: Sequence[Objective] = OBJECTIVES,
+) -> tuple[int, ...] | None:
+    """The plan of some price, within the span of the front, whose cost is farthest from that of any tried plan.
+
+    Costs are predicted, and compared in the logarithm. `number` chooses the direction, half of them weighing latency
+    and bytes alike. None where no price decodes to an untried plan within the span, whatever the direction.
+    """
+    table = Table.of(profile)
+    directions = _directions(objectives)
+    turns = [directions[0], *directions[1:2], directions[0], *directions[2:]]
+    for turn in range(len(turns)):
+        weights = turns[(number + turn) % len(turns)]
+        ends = _log_costs(table, front, weights)
+        taken = _log_costs(table, tried, weights)
+        free = [plan for plan in dict.fromkeys(price_path(table, *weights)) if plan not in set(tried)]
+        costs = _log_costs(table, free, weights)
+        inside = (costs > ends.min(initial=np.inf)) & (costs < ends.max(initial=-np.inf))
+        if inside.any():
+            distances = np.abs(costs[:, None] - taken[None, :]).min(axis=1, initial=np.inf)
+            return free[int(np.where(inside, distances, -1.0).argmax())]
+    return None
 
 
 def uniform(profile: Profile, share: float = 0.5) -> tuple[int, ...]:
@@ -155,6 +183,17 @@ def _hull(row: int, loss: Floats, cost: Floats) -> list[tuple[float, int, int]]:
         walk.append((float(prices[best]), row, current))
 
 
+def _directions(objectives: Sequence[Objective]) -> tuple[tuple[float, float], ...]:
+    """The directions of a sweep for these objectives, the main one first."""
+    return DIRECTIONS.get(frozenset(objectives) - {"drop"}, DIRECTIONS[frozenset({"latency", "bytes"})])
+
+
+def _log_costs(table: Table, plans: Sequence[tuple[int, ...]], weights: tuple[float, float]) -> Floats:
+    """The logarithms of the plans' weighted costs: twice as small is worth the same anywhere."""
+    costs = np.array([_cost(table, plan, weights) for plan in plans], dtype=np.float64)
+    return np.log(np.maximum(costs, SMALLEST_COST))
+
+
 def _cost(table: Table, plan: tuple[int, ...], weights: tuple[float, float]) -> float:
     """The plan's weighted cost, over the layers of the table."""
     rows = np.arange(len(plan))
@@ -190,10 +229,10 @@ def _along(
 ) -> Plans:
     """Up to `n` plans of the path, one near a random place of each of `n` stretches of its cost.
 
-    Stretches are equal in the logarithm: twice as small is worth the same anywhere, and drops begin where cost is low.
+    Stretches are equal in the logarithm, since drops begin where cost is low.
     """
     free = [plan for plan in dict.fromkeys(path) if plan not in taken]
-    costs = np.log(np.maximum([_cost(table, plan, weights) for plan in free], SMALLEST_COST))
+    costs = _log_costs(table, free, weights)
     left = costs.copy()
     chosen: Plans = []
     for stretch in range(min(n, len(free))):

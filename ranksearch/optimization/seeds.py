@@ -9,14 +9,16 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.candidates import Profile
-from ranksearch.optimization.prices import coarse_to_fine, price_sweep, uniform
-from ranksearch.optimization.records import History
+from ranksearch.optimization.prices import coarse_to_fine, price_sweep, refine, uniform
+from ranksearch.optimization.records import History, front
 from ranksearch.optimization.samplers import derived_seed
 from ranksearch.optimization.space import n_plans, to_params
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
 SEEDS = "seeds"
+# So many prices span the predicted front; the others go where the measured one has its gaps.
+N_COARSE_PRICES = 6
 # A plan during which the process ended this often is not tried again: it may be what kills it.
 MAX_ATTEMPTS = 3
 N_NEIGHBOURS = 256
@@ -36,36 +38,69 @@ def default_n_prices(n_trials: int) -> int:
     return min(max(n_trials // 2, 6), 20)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seeds:
+    """What is tried before the sampler has its say: plans fixed at the start, then `n_refined` that fill gaps."""
+
+    fixed: Sequence[Seed]
+    n_refined: int
+
+    def __len__(self) -> int:
+        return len(self.fixed) + self.n_refined
+
+
 def make_seeds(
     profile: Profile,
     controls: Sequence[tuple[str, Plan]],
     n_prices: int,
     seed: int,
     objectives: Sequence[Objective],
-) -> list[Seed]:
-    """The controls in order, a uniform plan, the price sweep from coarse to fine; each plan once.
+) -> Seeds:
+    """The controls in order, a uniform plan, six of the price sweep from coarse to fine, each plan once; the other
+    prices are left to gaps in the front.
 
     With `n_prices` 0 the controls alone. Raises StudyError for a control that is not in the table.
     """
     seeds = [Seed(origin=origin, control=True, indices=profile.indices(plan)) for origin, plan in controls]
+    n_coarse = min(n_prices, N_COARSE_PRICES)
     if n_prices > 0:
-        swept = coarse_to_fine(price_sweep(profile, n_prices, seed, objectives))
+        swept = coarse_to_fine(price_sweep(profile, n_coarse, seed, objectives))
         seeds.append(Seed(origin="uniform", control=False, indices=uniform(profile)))
         seeds += [Seed(origin="prices", control=False, indices=indices) for indices in swept]
     firsts: dict[tuple[int, ...], Seed] = {}
     for planned in seeds:
         firsts.setdefault(planned.indices, planned)
-    return list(firsts.values())
+    return Seeds(fixed=list(firsts.values()), n_refined=n_prices - n_coarse)
 
 
-def fix_seeds(study: Study, seeds: Sequence[Seed]) -> list[Seed]:
+def fix_seeds(study: Study, seeds: Seeds) -> Seeds:
     """The study's own seeds: those it was begun with, else these, which it is begun with from now on."""
     if SEEDS not in study.user_attrs:
-        study.set_user_attr(SEEDS, [[seed.origin, seed.control, list(seed.indices)] for seed in seeds])
-    return [
-        Seed(origin=origin, control=control, indices=tuple(indices))
-        for origin, control, indices in study.user_attrs[SEEDS]
+        stored = [[seed.origin, seed.control, list(seed.indices)] for seed in seeds.fixed]
+        study.set_user_attr(SEEDS, {"fixed": stored, "n_refined": seeds.n_refined})
+    begun = study.user_attrs[SEEDS]
+    fixed = [
+        Seed(origin=origin, control=control, indices=tuple(indices)) for origin, control, indices in begun["fixed"]
     ]
+    return Seeds(fixed=fixed, n_refined=begun["n_refined"])
+
+
+def next_seed(
+    seeds: Seeds, asked: set[int], profile: Profile, history: History, objectives: Sequence[Objective]
+) -> tuple[int, Seed] | None:
+    """The first seed whose number was not `asked` for, with that number; None where the sampler has its turn.
+
+    A gap is filled as the history stands, which is why these plans are not known before.
+    """
+    left = [number for number in range(len(seeds)) if number not in asked]
+    if not left:
+        return None
+    if left[0] < len(seeds.fixed):
+        return left[0], seeds.fixed[left[0]]
+    tried = [profile.indices(record.plan) for record in history.records]
+    best = [profile.indices(record.plan) for record in front(history.records, objectives)]
+    indices = refine(profile, tried, best, left[0] - len(seeds.fixed), objectives)
+    return None if indices is None else (left[0], Seed(origin="prices", control=False, indices=indices))
 
 
 def enqueue(study: Study, params: dict[str, int], **attributes: Any) -> None:

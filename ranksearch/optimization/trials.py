@@ -16,7 +16,7 @@ from ranksearch.evaluation import Evaluation
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, TrialRecord, objective_values, record_of
 from ranksearch.optimization.samplers import make_sampler
-from ranksearch.optimization.seeds import Seed, requeue
+from ranksearch.optimization.seeds import Seeds, requeue
 from ranksearch.optimization.space import distributions, to_indices
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
@@ -57,7 +57,7 @@ class Search:
     clock: Callable[[], float]
     callbacks: Callbacks
     should_stop: Callable[[], bool]
-    seeds: Sequence[Seed]
+    seeds: Seeds
     history: History
 
 
