@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranksearch.decompositions import DECOMPOSITIONS, Factorisation, check_choice
+from ranksearch.decompositions import DECOMPOSITIONS, Factorisation, Metric, check_choice
 from ranksearch.errors import DecompositionError, PlanError
 from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec
 from ranksearch.plan import LayerChoice, Plan
@@ -45,9 +45,10 @@ class Factorisations:
         spec = _spec(module)
         statistics = self.statistics.get(layer)
         covariance = None if statistics is None else statistics.input_covariance
+        metric = None if covariance is None else Metric(input=covariance)
         weight = module.get_parameter("weight").detach()
         try:
-            return DECOMPOSITIONS[choice.decomposition].factorise(weight, spec, choice.options, covariance)
+            return DECOMPOSITIONS[choice.decomposition].factorise(weight, spec, choice.options, metric)
         except DecompositionError as error:
             raise DecompositionError(f"layer {layer!r}: {error}") from None
 

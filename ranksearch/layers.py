@@ -30,14 +30,14 @@ class LinearSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvSpec:
-    """A two-dimensional convolution without its weights; `padding` is in pixels or torch's word for it."""
+    """A convolution over one or two axes without its weights; `padding` is in pixels or torch's word for it."""
 
     in_channels: int
     out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
     groups: int
     padding_mode: PaddingMode
     bias: bool
@@ -99,10 +99,10 @@ def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv2d:
     return nn.Conv2d(
         spec.in_channels,
         spec.out_channels,
-        spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
+        spec.kernel_size,  # type: ignore[arg-type]
+        stride=spec.stride,  # type: ignore[arg-type]
+        padding=spec.padding,  # type: ignore[arg-type]
+        dilation=spec.dilation,  # type: ignore[arg-type]
         groups=spec.groups,
         bias=spec.bias,
         padding_mode=spec.padding_mode,

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ranksearch.decompositions import AbstractDecomposition, Factorisation, Options, Ranks
+from ranksearch.decompositions import AbstractDecomposition, Factorisation, Metric, Options, Ranks
 from ranksearch.layers import ConvSpec, LayerSpec, LinearSpec, PaddingMode, build_layer
 from ranksearch.runtimes.contract import check_runtime
 
@@ -18,11 +18,11 @@ _PLAIN = (nn.Sequential, nn.Conv2d, nn.Linear)
 def convolution(
     in_channels: int,
     out_channels: int,
-    kernel_size: tuple[int, int] = (3, 3),
+    kernel_size: tuple[int, ...] = (3, 3),
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] | str = (1, 1),
-    dilation: tuple[int, int] = (1, 1),
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] | str = (1, 1),
+    dilation: tuple[int, ...] = (1, 1),
     groups: int = 1,
     padding_mode: PaddingMode = "zeros",
     bias: bool = True,
@@ -64,7 +64,7 @@ def check_decomposition(
     """Raises AssertionError where the decomposition breaks its contract on one of the layers that it takes.
 
     On each: the factors have the shapes of the modules that `build` gives; those are plain and only the last has a
-    bias; at `max_ranks` they compute what the layer computes, with an input covariance and without; at lower ranks
+    bias; at `max_ranks` they compute what the layer computes, with a metric and without; at lower ranks
     they compute what `weight` says; and the error does not grow with the ranks.
     """
     taken = [spec for spec in specs if decomposition.refuse(spec) is None]
@@ -80,9 +80,12 @@ def _check_layer(
     weight = torch.randn(spec.weight_shape, generator=generator)
     samples = torch.randn(3 * weight[0].numel(), weight[0].numel(), generator=generator, dtype=torch.float64)
     samples[:, 0] = 0.0  # a dead input, as ReLU makes them, so that the covariance is singular
-    for covariance in (None, samples.T @ samples / len(samples)):
-        where = f"{decomposition.name} {dict(options)} on {spec}, {'no' if covariance is None else 'with'} covariance"
-        factorisation = decomposition.factorise(weight, spec, options, covariance)
+    covariance = samples.T @ samples / len(samples)
+    groups = spec.groups if isinstance(spec, ConvSpec) else 1
+    seen = covariance if groups == 1 else covariance.repeat(groups, 1, 1)
+    for metric in (None, Metric(input=seen)):
+        where = f"{decomposition.name} {dict(options)} on {spec}, {'no' if metric is None else 'with a'} metric"
+        factorisation = decomposition.factorise(weight, spec, options, metric)
         most = decomposition.max_ranks(spec, options)
         exact = factorisation.weight(most)
         assert torch.allclose(exact, weight, atol=1e-3), f"{where}: not exact at its largest ranks {most}"
@@ -91,8 +94,8 @@ def _check_layer(
             _check_ranks(decomposition, factorisation, spec, ranks, options, f"{where}, ranks {ranks}")
         errors = [float((factorisation.weight(ranks) - weight).norm()) for ranks in path]
         grows = any(after > before + 1e-3 for before, after in pairwise(errors))
-        # With a covariance the error that must not grow is another one, and some methods only approximate it.
-        assert covariance is not None or not grows, f"{where}: the error grows with the ranks: {errors}"
+        # With a metric the error that must not grow is another one, and some methods only approximate it.
+        assert metric is not None or not grows, f"{where}: the error grows with the ranks: {errors}"
 
 
 def _check_ranks(

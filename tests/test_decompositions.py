@@ -14,6 +14,7 @@ from ranksearch.decompositions import (
     DECOMPOSITIONS,
     AbstractDecomposition,
     Factorisation,
+    Metric,
     Options,
     Ranks,
     check_choice,
@@ -95,7 +96,7 @@ def test_data_aware_loses_less_output_than_plain(name: str, seed: int) -> None:
     spec = convolution(16, 24)
     decomposition, weight, covariance = DECOMPOSITIONS[name], random_weight(spec, seed), smooth_covariance(spec, seed)
     plain = decomposition.factorise(weight, spec, {}, None)
-    aware = decomposition.factorise(weight, spec, {}, covariance)
+    aware = decomposition.factorise(weight, spec, {}, Metric(input=covariance))
     for share in (0.3, 0.5, 0.7):
         ranks = decomposition.uniform_ranks(spec, {}, share, 1)
         assert ranks is not None
@@ -108,7 +109,7 @@ def test_svd_loses_exactly_the_tail_of_the_whitened_spectrum() -> None:
     weight, covariance = random_weight(spec), smooth_covariance(spec, 0)
     root = torch.linalg.cholesky(covariance + 1e-12 * covariance.trace() * torch.eye(len(covariance)))
     spectrum = torch.linalg.svdvals(weight.flatten(1).double() @ root)
-    factorisation = DECOMPOSITIONS["svd"].factorise(weight, spec, {}, covariance)
+    factorisation = DECOMPOSITIONS["svd"].factorise(weight, spec, {}, Metric(input=covariance))
     for rank in (1, 4, 8):
         lost = lost_energy(factorisation.weight((rank,)) - weight, covariance)
         assert lost == pytest.approx(float(spectrum[rank:].square().sum()), rel=1e-4)
@@ -137,8 +138,8 @@ def test_tucker2_is_about_as_good_as_the_iterated_one() -> None:
 @pytest.mark.parametrize("name", ["svd", "spatial_svd"])
 def test_two_factors_are_balanced_per_component(name: str, ranks: Ranks, with_data: bool) -> None:
     spec = convolution(16, 12)
-    covariance = smooth_covariance(spec, 0) if with_data else None
-    first, last = DECOMPOSITIONS[name].factorise(random_weight(spec), spec, {}, covariance).factors(ranks)
+    metric = Metric(input=smooth_covariance(spec, 0)) if with_data else None
+    first, last = DECOMPOSITIONS[name].factorise(random_weight(spec), spec, {}, metric).factors(ranks)
     torch.testing.assert_close(first.flatten(1).norm(dim=1), last.transpose(0, 1).flatten(1).norm(dim=1))
 
 
@@ -146,8 +147,8 @@ def test_two_factors_are_balanced_per_component(name: str, ranks: Ranks, with_da
 @pytest.mark.parametrize("ranks", [(3, 5), (12, 16)])
 def test_tucker2_is_balanced_at_both_joints(ranks: Ranks, with_data: bool) -> None:
     spec = convolution(16, 12)
-    covariance = smooth_covariance(spec, 0) if with_data else None
-    first, core, last = DECOMPOSITIONS["tucker2"].factorise(random_weight(spec), spec, {}, covariance).factors(ranks)
+    metric = Metric(input=smooth_covariance(spec, 0)) if with_data else None
+    first, core, last = DECOMPOSITIONS["tucker2"].factorise(random_weight(spec), spec, {}, metric).factors(ranks)
     into_core, out_of_core = core.transpose(0, 1).flatten(1).norm(dim=1), core.flatten(1).norm(dim=1)
     torch.testing.assert_close(first.flatten(1).norm(dim=1), into_core, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(last.transpose(0, 1).flatten(1).norm(dim=1), out_of_core, rtol=1e-3, atol=1e-4)
@@ -158,8 +159,9 @@ def test_dead_channels_and_zero_weights_give_finite_factors(name: str) -> None:
     spec = convolution(8, 8)
     weight = random_weight(spec)
     weight[:, :3], weight[5:] = 0.0, 0.0
-    for dead, covariance in ((weight, torch.zeros(72, 72, dtype=torch.float64)), (torch.zeros(8, 8, 3, 3), None)):
-        factorisation = DECOMPOSITIONS[name].factorise(dead, spec, {}, covariance)
+    unseen = Metric(input=torch.zeros(72, 72, dtype=torch.float64))
+    for dead, metric in ((weight, unseen), (torch.zeros(8, 8, 3, 3), None)):
+        factorisation = DECOMPOSITIONS[name].factorise(dead, spec, {}, metric)
         most = DECOMPOSITIONS[name].max_ranks(spec, {})
         assert all(torch.isfinite(factor).all() for factor in factorisation.factors(most))
         torch.testing.assert_close(factorisation.weight(most), dead, atol=1e-4, rtol=1e-4)
@@ -268,8 +270,8 @@ def test_numbers_that_do_not_fit_are_refused() -> None:
     spec = convolution(4, 4)
     weight, svd = random_weight(spec), DECOMPOSITIONS["svd"]
     with pytest.raises(DecompositionError, match=r"must be \(36, 36\)"):
-        svd.factorise(weight, spec, {}, torch.eye(4))
-    with pytest.raises(DecompositionError, match="its layer's is"):
+        svd.factorise(weight, spec, {}, Metric(input=torch.eye(4)))
+    with pytest.raises(DecompositionError, match=r"must be \(4, 4, 3, 3\)"):
         svd.factorise(weight[:2], spec, {}, None)
     with pytest.raises(DecompositionError, match="NaN"):
         svd.factorise(weight * math.nan, spec, {}, None)
@@ -305,10 +307,8 @@ class LosesEverything(AbstractDecomposition):
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
         return build_layer(spec)
 
-    def factorise(
-        self, weight: Tensor, spec: LayerSpec, options: Options, input_covariance: Tensor | None
-    ) -> Factorisation:
-        return DECOMPOSITIONS["none"].factorise(weight * 0, spec, options, input_covariance)
+    def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
+        return DECOMPOSITIONS["none"].factorise(weight * 0, spec, options, metric)
 
 
 def test_a_decomposition_of_ones_own_joins_the_table_and_the_suite_catches_it(monkeypatch: pytest.MonkeyPatch) -> None:

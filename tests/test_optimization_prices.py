@@ -11,7 +11,6 @@ from synthetic_study import make_profile
 from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.errors import StudyError
 from ranksearch.optimization.prices import (
-    DIRECTIONS,
     Table,
     coarse_to_fine,
     decode,

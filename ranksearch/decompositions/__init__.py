@@ -1,6 +1,6 @@
 """The decompositions by name, and the check that a choice fits a layer."""
 
-from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, describe
+from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Metric, Options, describe
 from ranksearch.decompositions.none import NoDecomposition
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.decompositions.spatial_svd import SpatialSVD
@@ -14,6 +14,7 @@ __all__ = [
     "DECOMPOSITIONS",
     "AbstractDecomposition",
     "Factorisation",
+    "Metric",
     "Options",
     "Ranks",
     "check_choice",

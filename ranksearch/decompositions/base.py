@@ -4,6 +4,7 @@ import abc
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -18,6 +19,19 @@ Options = Mapping[str, Option]
 
 # Candidates to time per layer and decomposition.
 MAX_CHOICES = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metric:
+    """What it costs to change a layer's weight by D (T, inputs): tr(output D input D^T).
+
+    `input` (inputs, inputs), float64: the centred second moment of what the weight multiplies, its rows in the order
+    of `weight.flatten(1)`; for a convolution in groups (groups, inputs, inputs), one per group. `output` (T, T),
+    float64: the second moment of the loss's gradients at the layer's output; None where every output counts alike.
+    """
+
+    input: Tensor
+    output: Tensor | None = None
 
 
 class Factorisation(abc.ABC):
@@ -57,13 +71,11 @@ class AbstractDecomposition(abc.ABC):
         """The plain modules that take the layer's place; only the last has a bias, always, of zeros."""
 
     @abc.abstractmethod
-    def factorise(
-        self, weight: Tensor, spec: LayerSpec, options: Options, input_covariance: Tensor | None
-    ) -> Factorisation:
-        """Factors the weight, weighing errors by how often the inputs show them.
+    def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
+        """Factors the weight such that its changes cost little in the metric; None counts every weight alike.
 
-        `input_covariance` is (D, D), centred, its rows in the order of `weight.flatten(1)`; None means all inputs
-        alike. Raises DecompositionError where the numbers are not finite or do not fit.
+        At no ranks may the factors cost more in the metric than those of the plain method, which knows none. Raises
+        DecompositionError where the numbers are not finite or do not fit.
         """
 
     @final
@@ -118,7 +130,7 @@ def describe(spec: LayerSpec) -> str:
         return f"Linear({spec.in_features} -> {spec.out_features})"
     kernel = "x".join(str(size) for size in spec.kernel_size)
     groups = f", groups={spec.groups}" if spec.groups > 1 else ""
-    return f"Conv2d({spec.in_channels} -> {spec.out_channels}, {kernel}{groups})"
+    return f"Conv{len(spec.kernel_size)}d({spec.in_channels} -> {spec.out_channels}, {kernel}{groups})"
 
 
 def refuse_groups(spec: LayerSpec) -> str | None:
@@ -134,31 +146,35 @@ def refuse_pointwise(spec: LayerSpec) -> str | None:
     """Why a layer without a spatial kernel is not for spatial decompositions; None for k x k convolutions."""
     if not isinstance(spec, ConvSpec):
         return "a Linear has no spatial kernel; svd factors it"
-    if spec.kernel_size == (1, 1):
+    if math.prod(spec.kernel_size) == 1:
         return "a 1x1 convolution has no spatial kernel; svd factors it"
     return None
 
 
-def chain(*modules: nn.Conv2d | nn.Linear) -> nn.Sequential:
-    """The modules one after the other, the last one's bias set to zero."""
-    last = modules[-1]
-    assert last.bias is not None, "the last factor always carries the layer's bias"
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(*modules)
+def double_precision(weight: Tensor, spec: LayerSpec, metric: Metric | None) -> tuple[Tensor, Metric | None]:
+    """Weight and metric in float64 on the weight's device.
 
-
-def double_precision(weight: Tensor, spec: LayerSpec, covariance: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and covariance in float64 on the weight's device. Raises DecompositionError where shapes do not fit."""
-    if tuple(weight.shape) != spec.weight_shape:
-        raise DecompositionError(
-            f"{describe(spec)}: the weight is {tuple(weight.shape)}; its layer's is {spec.weight_shape}"
-        )
+    Raises DecompositionError where shapes do not fit or a number is not finite.
+    """
+    n_outputs, *rest = spec.weight_shape
+    n_inputs = math.prod(rest)
+    _check(weight, spec.weight_shape, f"{describe(spec)}: the weight")
     exact = weight.detach().double()
-    if covariance is None:
+    if metric is None:
         return exact, None
-    n_inputs = math.prod(spec.weight_shape[1:])
-    if tuple(covariance.shape) != (n_inputs, n_inputs):
-        raise DecompositionError(
-            f"{describe(spec)}: the input covariance is {tuple(covariance.shape)}; it must be {(n_inputs, n_inputs)}"
-        )
-    return exact, covariance.detach().to(exact)
+    groups = spec.groups if isinstance(spec, ConvSpec) else 1
+    shape = (n_inputs, n_inputs) if groups == 1 else (groups, n_inputs, n_inputs)
+    _check(metric.input, shape, f"{describe(spec)}: the input covariance")
+    if metric.output is not None:
+        _check(metric.output, (n_outputs, n_outputs), f"{describe(spec)}: the output gradients' covariance")
+    return exact, Metric(
+        input=metric.input.detach().to(exact),
+        output=None if metric.output is None else metric.output.detach().to(exact),
+    )
+
+
+def _check(values: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(values.shape) != shape:
+        raise DecompositionError(f"{what} is {tuple(values.shape)}; it must be {shape}")
+    if not bool(values.isfinite().all()):
+        raise DecompositionError(f"{what} holds NaN or infinity; look for them in the model and the calibration data")

@@ -5,7 +5,7 @@ from typing import ClassVar, final
 
 from torch import Tensor, nn
 
-from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, double_precision
+from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Metric, Options, double_precision
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import LayerSpec, build_layer
 
@@ -39,8 +39,6 @@ class NoDecomposition(AbstractDecomposition):
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
         return build_layer(spec)
 
-    def factorise(
-        self, weight: Tensor, spec: LayerSpec, options: Options, input_covariance: Tensor | None
-    ) -> Factorisation:
-        double_precision(weight, spec, input_covariance)
+    def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
+        double_precision(weight, spec, metric)
         return NoneFactorisation(dense=weight.detach().float())

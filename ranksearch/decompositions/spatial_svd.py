@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
     Factorisation,
+    Metric,
     Options,
-    chain,
     double_precision,
     refuse_groups,
     refuse_pointwise,
 )
+from ranksearch.decompositions.building import chain, filtering
 from ranksearch.decompositions.matrices import balanced_pair, principal_directions, weighted_error
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
@@ -63,32 +64,12 @@ class SpatialSVD(AbstractDecomposition):
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
         assert isinstance(spec, ConvSpec), "refuse() turns every other layer away"
         (rank,) = ranks
-        down, across = _split_padding(spec.padding)
-        vertical = nn.Conv2d(
-            spec.in_channels,
-            rank,
-            (spec.kernel_size[0], 1),
-            stride=(spec.stride[0], 1),
-            padding=down,
-            dilation=(spec.dilation[0], 1),
-            bias=False,
-            padding_mode=spec.padding_mode,
-        )
-        horizontal = nn.Conv2d(
-            rank,
-            spec.out_channels,
-            (1, spec.kernel_size[1]),
-            stride=(1, spec.stride[1]),
-            padding=across,
-            dilation=(1, spec.dilation[1]),
-            padding_mode=spec.padding_mode,
-        )
-        return chain(vertical, horizontal)
+        vertical = filtering(spec, spec.in_channels, rank, axes=(0,))
+        return chain(vertical, filtering(spec, rank, spec.out_channels, axes=(1,), bias=True))
 
-    def factorise(
-        self, weight: Tensor, spec: LayerSpec, options: Options, input_covariance: Tensor | None
-    ) -> Factorisation:
-        exact, covariance = double_precision(weight, spec, input_covariance)
+    def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
+        exact, metric = double_precision(weight, spec, metric)
+        covariance = None if metric is None else metric.input
         plain = _factorise(exact, None)
         if covariance is None:
             return plain
@@ -114,10 +95,3 @@ def _column_covariance(covariance: Tensor, shape: tuple[int, ...]) -> Tensor:
     taps = covariance.reshape(n_inputs, height, width, n_inputs, height, width)
     columns = torch.diagonal(taps, dim1=2, dim2=5).mean(-1)
     return columns.reshape(n_inputs * height, n_inputs * height)
-
-
-def _split_padding(padding: tuple[int, int] | str) -> tuple[tuple[int, int] | str, tuple[int, int] | str]:
-    """The padding of the k x 1 and of the 1 x k convolution; torch's words hold for either."""
-    if isinstance(padding, str):
-        return padding, padding
-    return (padding[0], 0), (0, padding[1])

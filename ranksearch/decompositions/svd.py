@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
     Factorisation,
+    Metric,
     Options,
-    chain,
     double_precision,
     refuse_groups,
 )
+from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.decompositions.matrices import balanced_pair, principal_directions
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
@@ -59,24 +60,16 @@ class SVD(AbstractDecomposition):
 
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
         (rank,) = ranks
-        if not isinstance(spec, ConvSpec):
-            return chain(nn.Linear(spec.in_features, rank, bias=False), nn.Linear(rank, spec.out_features))
-        filters = nn.Conv2d(
-            spec.in_channels,
-            rank,
-            spec.kernel_size,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            bias=False,
-            padding_mode=spec.padding_mode,
+        first = (
+            filtering(spec, spec.in_channels, rank)
+            if isinstance(spec, ConvSpec)
+            else pointwise(spec, spec.in_features, rank)
         )
-        return chain(filters, nn.Conv2d(rank, spec.out_channels, 1))
+        return chain(first, pointwise(spec, rank, spec.weight_shape[0], bias=True))
 
-    def factorise(
-        self, weight: Tensor, spec: LayerSpec, options: Options, input_covariance: Tensor | None
-    ) -> Factorisation:
-        exact, covariance = double_precision(weight, spec, input_covariance)
+    def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
+        exact, metric = double_precision(weight, spec, metric)
+        covariance = None if metric is None else metric.input
         matrix = exact.flatten(1)
         directions = principal_directions(matrix, covariance)
         last, first = balanced_pair(directions, directions.T @ matrix)

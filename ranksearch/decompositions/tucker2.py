@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
     Factorisation,
+    Metric,
     Options,
-    chain,
     double_precision,
     refuse_groups,
     refuse_pointwise,
 )
+from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.decompositions.matrices import floored, principal_directions, square_roots, weighted_error
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
@@ -71,23 +72,15 @@ class Tucker2(AbstractDecomposition):
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
         assert isinstance(spec, ConvSpec), "refuse() turns every other layer away"
         rank_out, rank_in = ranks
-        core = nn.Conv2d(
-            rank_in,
-            rank_out,
-            spec.kernel_size,
-            stride=spec.stride,
-            padding=spec.padding,
-            dilation=spec.dilation,
-            bias=False,
-            padding_mode=spec.padding_mode,
+        return chain(
+            pointwise(spec, spec.in_channels, rank_in),
+            filtering(spec, rank_in, rank_out),
+            pointwise(spec, rank_out, spec.out_channels, bias=True),
         )
-        reduce = nn.Conv2d(spec.in_channels, rank_in, 1, bias=False)
-        return chain(reduce, core, nn.Conv2d(rank_out, spec.out_channels, 1))
 
-    def factorise(
-        self, weight: Tensor, spec: LayerSpec, options: Options, input_covariance: Tensor | None
-    ) -> Factorisation:
-        exact, covariance = double_precision(weight, spec, input_covariance)
+    def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
+        exact, metric = double_precision(weight, spec, metric)
+        covariance = None if metric is None else metric.input
         plain = _hosvd(exact, None)
         if covariance is None:
             return plain
