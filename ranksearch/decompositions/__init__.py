@@ -1,6 +1,7 @@
 """The decompositions by name, and the check that a choice fits a layer."""
 
-from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Metric, Options, describe
+from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, describe
+from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.none import NoDecomposition
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.decompositions.spatial_svd import SpatialSVD

@@ -4,12 +4,12 @@ import abc
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
+from ranksearch.decompositions.metric import Metric, cheapest
 from ranksearch.decompositions.ranks import Ranks, equal_share_path, geometric_spread, neighbours
 from ranksearch.errors import DecompositionError
 from ranksearch.layers import ConvSpec, LayerSpec
@@ -19,19 +19,6 @@ Options = Mapping[str, Option]
 
 # Candidates to time per layer and decomposition.
 MAX_CHOICES = 12
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Metric:
-    """What it costs to change a layer's weight by D (T, inputs): tr(output D input D^T).
-
-    `input` (inputs, inputs), float64: the centred second moment of what the weight multiplies, its rows in the order
-    of `weight.flatten(1)`; for a convolution in groups (groups, inputs, inputs), one per group. `output` (T, T),
-    float64: the second moment of the loss's gradients at the layer's output; None where every output counts alike.
-    """
-
-    input: Tensor
-    output: Tensor | None = None
 
 
 class Factorisation(abc.ABC):
@@ -47,6 +34,30 @@ class Factorisation(abc.ABC):
     @abc.abstractmethod
     def weight(self, ranks: Ranks) -> Tensor:
         """The weight that the factors amount to, float32, in the layer's own shape."""
+
+
+@final
+class BestOf(Factorisation):
+    """Of several factorisations of one weight, at each ranks the one that costs least in the metric.
+
+    The first is the one to take where they tie; the plain one belongs among them.
+    """
+
+    def __init__(self, exact: Tensor, metric: Metric, *ways: Factorisation) -> None:
+        self.exact, self.metric, self.ways = exact, metric, ways
+        self._chosen: dict[Ranks, Factorisation] = {}
+
+    def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
+        return self._best(ranks).factors(ranks)
+
+    def weight(self, ranks: Ranks) -> Tensor:
+        return self._best(ranks).weight(ranks)
+
+    def _best(self, ranks: Ranks) -> Factorisation:
+        if ranks not in self._chosen:
+            number = cheapest(self.metric, self.exact, [way.weight(ranks) for way in self.ways])
+            self._chosen[ranks] = self.ways[number]
+        return self._chosen[ranks]
 
 
 class AbstractDecomposition(abc.ABC):
@@ -167,10 +178,10 @@ def double_precision(weight: Tensor, spec: LayerSpec, metric: Metric | None) -> 
     _check(metric.input, shape, f"{describe(spec)}: the input covariance")
     if metric.output is not None:
         _check(metric.output, (n_outputs, n_outputs), f"{describe(spec)}: the output gradients' covariance")
-    return exact, Metric(
-        input=metric.input.detach().to(exact),
-        output=None if metric.output is None else metric.output.detach().to(exact),
-    )
+    if metric.input.dtype is exact.dtype and metric.input.device == exact.device:
+        return exact, metric  # which keeps what it has computed
+    output = None if metric.output is None else metric.output.detach().to(exact)
+    return exact, Metric(input=metric.input.detach().to(exact), output=output)
 
 
 def _check(values: Tensor, shape: tuple[int, ...], what: str) -> None:

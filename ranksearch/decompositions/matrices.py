@@ -63,10 +63,3 @@ def balanced_pair(last: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
 def floored(norms: Tensor) -> Tensor:
     """Norms with the vanishing ones raised, so that none divides by zero and a dead component can still learn."""
     return norms.clamp_min(max(float(norms.max()) * 1e-6, 1e-30))
-
-
-def weighted_error(difference: Tensor, covariance: Tensor) -> float:
-    """tr(D G D^T): the energy that the difference (T, D), flattened, makes of inputs with covariance G (D, D)."""
-    # Single precision is enough to choose between two candidates, and twice as fast on the largest layers.
-    rows = difference.flatten(1).float()
-    return float(((rows @ covariance.float()) * rows).sum())

@@ -5,7 +5,8 @@ from typing import ClassVar, final
 
 from torch import Tensor, nn
 
-from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Metric, Options, double_precision
+from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, double_precision
+from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import LayerSpec, build_layer
 

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
+    BestOf,
     Factorisation,
-    Metric,
     Options,
     double_precision,
     refuse_groups,
     refuse_pointwise,
 )
 from ranksearch.decompositions.building import chain, filtering
-from ranksearch.decompositions.matrices import balanced_pair, principal_directions, weighted_error
+from ranksearch.decompositions.matrices import balanced_pair, principal_directions
+from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
 
@@ -69,15 +70,10 @@ class SpatialSVD(AbstractDecomposition):
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
         exact, metric = double_precision(weight, spec, metric)
-        covariance = None if metric is None else metric.input
         plain = _factorise(exact, None)
-        if covariance is None:
+        if metric is None:
             return plain
-        aware = _factorise(exact, _column_covariance(covariance, spec.weight_shape))
-        (most,) = self.max_ranks(spec, options)
-        middle = self.uniform_ranks(spec, options, 0.5, 1) or (-(-most // 2),)
-        errors = [weighted_error(exact - kept.weight(middle), covariance) for kept in (aware, plain)]
-        return aware if errors[0] <= errors[1] else plain
+        return BestOf(exact, metric, _factorise(exact, _column_covariance(metric.input, spec.weight_shape)), plain)
 
 
 def _factorise(weight: Tensor, column_covariance: Tensor | None) -> SpatialSVDFactorisation:

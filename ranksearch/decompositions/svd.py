@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
     Factorisation,
-    Metric,
     Options,
     double_precision,
     refuse_groups,
 )
 from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.decompositions.matrices import balanced_pair, principal_directions
+from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
 

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
+    BestOf,
     Factorisation,
-    Metric,
     Options,
     double_precision,
     refuse_groups,
     refuse_pointwise,
 )
 from ranksearch.decompositions.building import chain, filtering, pointwise
-from ranksearch.decompositions.matrices import floored, principal_directions, square_roots, weighted_error
+from ranksearch.decompositions.matrices import floored, principal_directions, square_roots
+from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
 
@@ -80,15 +81,10 @@ class Tucker2(AbstractDecomposition):
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
         exact, metric = double_precision(weight, spec, metric)
-        covariance = None if metric is None else metric.input
         plain = _hosvd(exact, None)
-        if covariance is None:
+        if metric is None:
             return plain
-        aware = _hosvd(exact, covariance)
-        rank_out, rank_in = self.max_ranks(spec, options)
-        middle = self.uniform_ranks(spec, options, 0.5, 1) or (-(-rank_out // 2), -(-rank_in // 2))
-        errors = [weighted_error(exact - kept.weight(middle), covariance) for kept in (aware, plain)]
-        return aware if errors[0] <= errors[1] else plain
+        return BestOf(exact, metric, _hosvd(exact, metric.input), plain)
 
 
 def _hosvd(weight: Tensor, covariance: Tensor | None) -> Tucker2Factorisation:
