@@ -11,12 +11,12 @@ from torch import nn
 
 from ranksearch.decompositions import DECOMPOSITIONS, Factorisation, Metric, check_choice
 from ranksearch.errors import DecompositionError, PlanError
-from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec
+from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec, layer_weight
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import CODE_LIMIT, activation_quantizers, observe_ranges, quantize_module
 from ranksearch.refit import refit_last_factors
 from ranksearch.spec import Batches
-from ranksearch.statistics import LayerStatistics, collect
+from ranksearch.statistics import LayerStatistics, check_complete, check_statistics, collect, mean_change
 from ranksearch.surgery import replace_modules
 from ranksearch.trees import first_examples
 
@@ -26,27 +26,32 @@ BUILT_BITS = ((32, 32), (8, 8))
 
 
 class Factorisations:
-    """The factorisations of a model's layers, each computed once, when first asked for."""
+    """The factorisations of a model's layers, each computed once, when first asked for.
+
+    Raises StudyError where the statistics are those of another model.
+    """
 
     def __init__(self, model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> None:
+        check_statistics(model, statistics)
         self.statistics = statistics
         self._model = model
         self._known: dict[tuple[str, str, str], Factorisation] = {}
+        self._metrics: dict[str, Metric | None] = {}
 
     def of(self, layer: str, choice: LayerChoice) -> Factorisation:
         """The factorisation that serves `choice` at every rank. Raises DecompositionError where there is none."""
-        key = (layer, choice.decomposition, json.dumps(choice.options, sort_keys=True))
+        options = DECOMPOSITIONS[choice.decomposition].spell_out(choice.options)
+        key = (layer, choice.decomposition, json.dumps(options, sort_keys=True))
         if key not in self._known:
             self._known[key] = self._factorise(layer, choice)
         return self._known[key]
 
     def _factorise(self, layer: str, choice: LayerChoice) -> Factorisation:
         module = self._model.get_submodule(layer)
-        spec = _spec(module)
-        statistics = self.statistics.get(layer)
-        covariance = None if statistics is None else statistics.input_covariance
-        metric = None if covariance is None else Metric(input=covariance)
-        weight = module.get_parameter("weight").detach()
+        spec, weight = _spec(module), layer_weight(module)
+        if layer not in self._metrics:  # one for all decompositions: it keeps the roots that it has computed
+            self._metrics[layer] = _metric(self.statistics.get(layer))
+        metric = self._metrics[layer]
         try:
             return DECOMPOSITIONS[choice.decomposition].factorise(weight, spec, choice.options, metric)
         except DecompositionError as error:
@@ -71,7 +76,10 @@ def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
 def _checked(name: str, module: nn.Module, choice: LayerChoice) -> LayerSpec:
     spec = layer_spec(module)
     if spec is None:
-        raise PlanError(f"layer {name!r} is a {type(module).__name__}; only Linear and Conv2d can be compressed")
+        raise PlanError(
+            f"layer {name!r} is a {type(module).__name__}; only Linear, Conv1d, Conv2d and transformers' Conv1D "
+            "can be compressed"
+        )
     if module._parameters.get("weight") is None:
         raise PlanError(
             f"layer {name!r}: its weight is computed from others; remove weight_norm or spectral_norm first"
@@ -116,7 +124,8 @@ def compress(
     on the inputs that come from the already compressed layers before it; then the ranges of quantized activations
     are set. Without calibration data factors are fitted to the weights alone, and 8-bit plans are refused.
     `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model.
-    Raises PlanError where the plan does not fit the model, or calibration data can be read only once.
+    Raises PlanError where the plan does not fit the model, or calibration data can be read only once; StudyError
+    where the statistics are those of another model, or lack a layer that is to be factored.
     """
     specs = check_plan(model, plan)
     if isinstance(calibration, Iterator):
@@ -124,9 +133,11 @@ def compress(
     if calibration is None and any(choice.activation_bits == 8 for choice in plan.layers.values()):
         raise PlanError("8-bit activations need calibration data: pass calibration=, batches of (inputs, targets)")
     if factorisations is None:
-        if statistics is None:
-            statistics = _collect(model, specs, calibration, loss)
-        factorisations = Factorisations(model, statistics)
+        known = _collect(model, specs, calibration, loss) if statistics is None else statistics
+        factorisations = Factorisations(model, known)
+        if statistics is not None:
+            factored = [name for name, choice in plan.changes().items() if choice.decomposition != "none"]
+            check_complete(statistics, factored)
     with torch.random.fork_rng(devices=[]):  # modules draw weights before they are filled
         built = {name: _filled(model, name, plan.choice(name), factorisations) for name in specs}
     compressed = replace_modules(copy.deepcopy(model), built)
@@ -162,6 +173,16 @@ def _collect(
     return collect(model, {name: found[name] for name in specs if name in found}, calibration, loss)
 
 
+def _metric(statistics: LayerStatistics | None) -> Metric | None:
+    """What it costs to change the layer; None where nothing is known, or where no input varies: all would be free."""
+    if statistics is None or statistics.input_covariance is None or not bool(statistics.input_covariance.any()):
+        return None
+    output = statistics.output_gradient_covariance
+    return Metric(
+        input=statistics.input_covariance, output=output if output is not None and bool(output.any()) else None
+    )
+
+
 def _spec(module: nn.Module) -> LayerSpec:
     spec = layer_spec(module)
     assert spec is not None, "checked by check_plan"
@@ -173,6 +194,8 @@ def _built(layer: nn.Module, choice: LayerChoice) -> nn.Module:
     spec = _spec(layer)
     if choice.decomposition == "none":
         built: nn.Module = build_layer(spec)
+        for name, parameter in built.named_parameters():
+            parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     else:
         built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.options)
     return built.to(layer.get_parameter("weight")).train(layer.training)
@@ -180,12 +203,12 @@ def _built(layer: nn.Module, choice: LayerChoice) -> nn.Module:
 
 def _placeholder(layer: nn.Module, choice: LayerChoice) -> nn.Module:
     built = _built(layer, choice)
-    weights = [module.get_parameter("weight") for module in _factor_modules(built).values()]
-    dense = layer.get_parameter("weight").detach()
-    for weight in weights:
-        nn.init.kaiming_normal_(weight, nonlinearity="linear")
-    with torch.no_grad():
-        weights[-1].mul_(float(dense.norm()) / dense.shape[0] ** 0.5)
+    dense, is_dense = layer_weight(layer), choice.decomposition == "none"
+    # A factor that never trains, a fixed basis, is what it is.
+    modules = [m for m in _factor_modules(built).values() if is_dense or m.get_parameter("weight").requires_grad]
+    for module in modules:
+        nn.init.kaiming_normal_(layer_weight(module), nonlinearity="linear")
+    layer_weight(modules[-1]).mul_(float(dense.norm()) / dense.shape[0] ** 0.5)
     return built
 
 
@@ -193,21 +216,24 @@ def _placeholder(layer: nn.Module, choice: LayerChoice) -> nn.Module:
 def _filled(model: nn.Module, name: str, choice: LayerChoice, factorisations: Factorisations) -> nn.Module:
     """The float modules that stand for the layer, with its factors as weights and its bias on the last."""
     layer = model.get_submodule(name)
-    if choice.decomposition == "none":
-        return copy.deepcopy(layer)
-    factorisation = factorisations.of(name, choice)
     built = _built(layer, choice)
+    if choice.decomposition == "none":
+        layer_weight(built).copy_(layer_weight(layer))
+        if layer._parameters.get("bias") is not None:
+            built.get_parameter("bias").copy_(layer.get_parameter("bias"))
+        return built
+    factorisation = factorisations.of(name, choice)
     modules = list(_factor_modules(built).values())
     for module, factor in zip(modules, factorisation.factors(choice.ranks), strict=True):
-        module.get_parameter("weight").copy_(factor)
+        layer_weight(module).copy_(factor)
     bias = modules[-1].get_parameter("bias")
     if layer._parameters.get("bias") is not None:
         bias.add_(layer.get_parameter("bias"))
     statistics = factorisations.statistics.get(name)
     if statistics is not None and statistics.input_mean is not None:
         # What the cut components give on average is a constant, which the bias can keep.
-        difference = (layer.get_parameter("weight") - factorisation.weight(choice.ranks)).flatten(1).double()
-        bias.add_((difference @ statistics.input_mean).to(bias))
+        difference = layer_weight(layer) - factorisation.weight(choice.ranks)
+        bias.add_(mean_change(difference, statistics.input_mean).to(bias))
     return built
 
 

@@ -57,7 +57,7 @@ def _uniform_choices(
     for name in decompositions:
         method = DECOMPOSITIONS[name]
         if method.refuse(spec) is None:
-            options = method.options[0]
+            options = method.options_for(spec)[0]
             ranks = method.uniform_ranks(spec, options, share, rank_multiple)
             if ranks is not None:
                 yield LayerChoice(decomposition=name, ranks=ranks, options=dict(options))

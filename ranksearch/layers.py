@@ -1,10 +1,11 @@
 """The layers that can be compressed, what they look like, and why the others cannot."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class ConvSpec:
 
 
 LayerSpec = LinearSpec | ConvSpec
+_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,19 +74,18 @@ class FoundLayers:
 
 
 def layer_spec(module: nn.Module) -> LayerSpec | None:
-    """The spec of a Linear or Conv2d; None for any other module, subclasses included."""
-    if type(module) is nn.Linear:
-        return LinearSpec(
-            in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None
-        )
-    if type(module) is nn.Conv2d:
+    """The spec of a Linear, Conv1d, Conv2d or transformers' Conv1D; None for any other module, subclasses included."""
+    if type(module) is nn.Linear or _is_transposed_linear(module):
+        n_outputs, n_inputs = layer_weight(module).shape
+        return LinearSpec(in_features=n_inputs, out_features=n_outputs, bias=module.bias is not None)
+    if type(module) is nn.Conv1d or type(module) is nn.Conv2d:
         return ConvSpec(
             in_channels=module.in_channels,
             out_channels=module.out_channels,
-            kernel_size=cast(tuple[int, int], module.kernel_size),
-            stride=cast(tuple[int, int], module.stride),
-            padding=cast("tuple[int, int] | str", module.padding),
-            dilation=cast(tuple[int, int], module.dilation),
+            kernel_size=module.kernel_size,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
             groups=module.groups,
             padding_mode=module.padding_mode,
             bias=module.bias is not None,
@@ -92,11 +93,18 @@ def layer_spec(module: nn.Module) -> LayerSpec | None:
     return None
 
 
-def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv2d:
-    """A fresh layer of this spec, weights as torch initialises them."""
+def layer_weight(module: nn.Module) -> Tensor:
+    """The module's weight as its spec has it, (T, ...), outputs first: a detached view, through which it is written."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if _is_transposed_linear(module) else weight.detach()
+
+
+def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv1d | nn.Conv2d:
+    """A fresh layer of torch's own kind for this spec, weights as torch initialises them."""
     if isinstance(spec, LinearSpec):
         return nn.Linear(spec.in_features, spec.out_features, bias=spec.bias)
-    return nn.Conv2d(
+    return _CONVOLUTIONS[len(spec.kernel_size)](
         spec.in_channels,
         spec.out_channels,
         spec.kernel_size,  # type: ignore[arg-type]
@@ -118,6 +126,11 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def first_argument(arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Tensor:
+    """A layer's input, however it was given."""
+    return arguments[0] if arguments else next(iter(named.values()))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode without gradients; every submodule's mode comes back afterwards."""
@@ -131,7 +144,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
-    """Runs the model once on `example` and lists its Linear and Conv2d layers.
+    """Runs the model once on `example` and lists its layers that have a spec.
 
     A module registered under several names counts once, under the first. Raises StudyError where no layer can
     be compressed, with what was skipped and why.
@@ -142,7 +155,7 @@ def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
 
     def record(name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            given = inputs[0] if inputs else named["input"]
+            given = first_argument(inputs, named)
             calls.setdefault(name, []).append((tuple(given.shape), tuple(output.shape)))
 
         return hook
@@ -177,7 +190,7 @@ def count_macs(model: nn.Module, example: Any) -> int:
     def add(module: nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal total
         if isinstance(output, Tensor):
-            total += output[0].numel() * module.get_parameter("weight")[0].numel()
+            total += output[0].numel() * layer_weight(module)[0].numel()
 
     handles = [m.register_forward_hook(add) for m in model.modules() if _has_own_weight(m)]
     try:
@@ -202,6 +215,11 @@ def _layer_info(name: str, module: nn.Module, calls: list[tuple[tuple[int, ...],
         n_params=sum(parameter.numel() for parameter in module.parameters()),
         n_calls=len(calls),
     )
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the `Conv1D` of transformers, a Linear whose weight is (in, out); told without importing them."""
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def _has_own_weight(module: nn.Module) -> bool:
@@ -247,5 +265,4 @@ def _macs(spec: LayerSpec, output_shape: tuple[int, ...]) -> int:
     if isinstance(spec, LinearSpec):
         rows = int(torch.Size(output_shape[1:-1]).numel())
         return rows * spec.in_features * spec.out_features
-    taps = spec.in_channels // spec.groups * spec.kernel_size[0] * spec.kernel_size[1]
-    return int(torch.Size(output_shape[1:]).numel()) * taps
+    return int(torch.Size(output_shape[1:]).numel()) * math.prod(spec.weight_shape[1:])

@@ -41,9 +41,12 @@ class LayerChoice(_Value):
 
     @property
     def label(self) -> str:
-        """The choice in a table's cell: `tucker2 (32, 16) 8/8`."""
+        """The choice in a table's cell: `tucker2 (32, 16) 8/8`, `svd (16) kernel_last 8/8`."""
         ranks = f" {tuple(self.ranks)}".replace(",)", ")") if self.ranks else ""
-        return f"{self.decomposition}{ranks} {self.bits}"
+        options = "".join(
+            f" {value}" if isinstance(value, str) else f" {name}={value}" for name, value in self.options.items()
+        )
+        return f"{self.decomposition}{ranks}{options} {self.bits}"
 
     def key(self) -> str:
         """Canonical JSON: equal for equal choices."""

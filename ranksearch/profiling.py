@@ -14,7 +14,7 @@ from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.compression import Factorisations, compress, rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.latency import compare
-from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating
+from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating, layer_weight
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.runtimes import AbstractRuntime
@@ -24,7 +24,8 @@ from ranksearch.statistics import predicted_loss
 from ranksearch.weights import packed_bytes
 
 MAX_CANDIDATES = 12
-RANKS_TIMED = 5
+# Per layer and bits so many are timed, of at most so many ranks per decomposition.
+MAX_TIMED, RANKS_TRIED = 10, 5
 KL_BATCHES = 2
 
 # (choice) -> (latency ratio to the dense layer, the dense layer's latency in ms)
@@ -41,7 +42,8 @@ class LayerTimer:
 
     def __call__(self, info: LayerInfo, layer: nn.Module, choice: LayerChoice) -> tuple[float, float]:
         """(latency ratio to the dense layer, the dense layer's latency in ms), from the cache where it is known."""
-        place = {"spec": repr(info.spec), "input": info.input_shape, "choice": choice.key()}
+        kind = type(layer).__name__
+        place = {"layer": kind, "spec": repr(info.spec), "input": info.input_shape, "choice": choice.key()}
         key = "layer-" + content_hash(self.runtime.fingerprint(self.target), repr(self.target), place)
         if (known := self.cache.get(key)) is not None:
             ratio, reference_ms = json.loads(known)
@@ -53,7 +55,7 @@ class LayerTimer:
             for model in (rebuild(dense, Plan(layers={"0": choice}), self.runtime.weight_limit(self.target)), dense)
         ]
         candidate, reference = (session.bind(example.numpy()) for session in sessions)
-        latency = compare(candidate, reference, n_blocks=6, max_seconds=0.25, seed=0)
+        latency = compare(candidate, reference, n_blocks=6, max_seconds=0.15, block_seconds=0.004, seed=0)
         self.cache.put(key, json.dumps([latency.ratio, latency.reference_ms]).encode())
         return latency.ratio, latency.reference_ms
 
@@ -103,7 +105,7 @@ class ProfileMaker:
         worth_timing = [
             choice
             for group in _by_bits(losses).values()
-            for choice in _undominated(group, kept, lambda c: (losses[c], sizes[c], _macs(info, c)))
+            for choice in self._worth_timing(info, group, kept, losses, sizes)
         ]
         ratios, dense_ms = self._times(info, layer, worth_timing)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {
@@ -114,12 +116,24 @@ class ProfileMaker:
         undominated = _undominated(
             worth_timing, kept, lambda choice: tuple(columns[objective](choice) for objective in self.objectives)
         )
-        chosen = _thinned(sorted(undominated, key=losses.__getitem__), kept)
+        chosen = _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_CANDIDATES)
         candidates = [
             Candidate(choice=choice, loss=losses[choice], latency_ms=ratios[choice] * dense_ms, n_bytes=sizes[choice])
             for choice in chosen
         ]
         return tuple(sorted(candidates, key=lambda candidate: (candidate.latency_ms, candidate.loss)))
+
+    def _worth_timing(
+        self,
+        info: LayerInfo,
+        choices: Sequence[LayerChoice],
+        kept: set[LayerChoice],
+        losses: Mapping[LayerChoice, float],
+        sizes: Mapping[LayerChoice, int],
+    ) -> list[LayerChoice]:
+        """Of choices of the same bits those that no other beats in loss, bytes and multiply-adds, or some of them."""
+        undominated = _undominated(choices, kept, lambda c: (losses[c], sizes[c], _macs(info, c)))
+        return _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_TIMED)
 
     def _times(
         self, info: LayerInfo, layer: nn.Module, choices: Sequence[LayerChoice]
@@ -155,7 +169,7 @@ class ProfileMaker:
 
     def _closed_forms(self, info: LayerInfo, kept: set[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
         """Predicted losses, not yet to scale, of the choices that shrink the layer, in float."""
-        weight = self.model.get_submodule(info.name).get_parameter("weight").detach()
+        weight = layer_weight(self.model.get_submodule(info.name))
         statistics = self.factorisations.statistics[info.name]
         for shape in _shapes(info.spec, self.space, kept):
             difference = weight - self.factorisations.of(info.name, shape).weight(shape.ranks)
@@ -186,10 +200,10 @@ def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[Layer
         method = DECOMPOSITIONS[name]
         if name == "none" or method.refuse(spec) is not None:
             continue
-        for options in method.options:
+        for options in method.options_for(spec):
             ranks = method.rank_choices(spec, options, space.rank_multiple)
             shapes.update(
-                LayerChoice(decomposition=name, ranks=r, options=dict(options)) for r in _spread(ranks, RANKS_TIMED)
+                LayerChoice(decomposition=name, ranks=r, options=dict(options)) for r in _spread(ranks, RANKS_TRIED)
             )
     return sorted(shapes, key=LayerChoice.key)
 
@@ -227,10 +241,10 @@ def _undominated(
     return [choice for choice, stays in zip(choices, mask, strict=True) if stays or choice in kept]
 
 
-def _thinned(ordered: list[LayerChoice], kept: set[LayerChoice]) -> list[LayerChoice]:
-    """At most MAX_CANDIDATES of the choices, evenly along their order; the kept ones stay."""
+def _thinned(ordered: list[LayerChoice], kept: set[LayerChoice], most: int) -> list[LayerChoice]:
+    """At most so many of the choices, evenly along their order; the kept ones stay."""
     others = [choice for choice in ordered if choice not in kept]
-    room = max(MAX_CANDIDATES - len(ordered) + len(others), 0)
+    room = max(most - len(ordered) + len(others), 0)
     stays = set(_spread(others, room)) | kept
     return [choice for choice in ordered if choice in stays]
 
@@ -241,9 +255,6 @@ def _scaled(layer: LayerProfile, scale: float) -> LayerProfile:
 
 
 def _macs(info: LayerInfo, choice: LayerChoice) -> float:
-    """Multiply-adds of the choice relative to dense, by its weights: a filter before timing, never a result."""
-    if choice.decomposition == "none":
-        return 1.0
-    module = DECOMPOSITIONS[choice.decomposition].build(info.spec, choice.ranks, choice.options)
-    weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
-    return weights / int(np.prod(info.spec.weight_shape))
+    """Multiply-adds of the choice for one row: a filter before timing, never a result."""
+    method = DECOMPOSITIONS[choice.decomposition]
+    return float(method.macs(info.spec, choice.ranks, choice.options, info.input_shape))

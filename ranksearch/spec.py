@@ -86,7 +86,18 @@ class Space:
     Raises StudyError for what cannot be chosen from.
     """
 
-    decompositions: tuple[str, ...] = ("none", "svd", "spatial_svd", "tucker2")
+    decompositions: tuple[str, ...] = (
+        "none",
+        "svd",
+        "spatial_svd",
+        "tucker2",
+        "cp",
+        "tensor_train",
+        "depthwise_separable",
+        "blueprint_separable",
+        "grouped_svd",
+        "harmonic",
+    )
     weight_bits: tuple[int, ...] = (32, 8)
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()

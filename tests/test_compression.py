@@ -10,13 +10,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standins import Conv1D, as_image, as_linear
 from tiny_study import INT8, SVD, Pairs, plans
 from torch import Tensor, nn
 
 from ranksearch.compression import Factorisations, check_plan, compress, count_params, rebuild
-from ranksearch.errors import PlanError
+from ranksearch.decompositions import DECOMPOSITIONS, Metric
+from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, Ranks
+from ranksearch.decompositions.building import chain, filtering, pointwise
+from ranksearch.errors import PlanError, StudyError
+from ranksearch.layers import ConvSpec, LayerSpec, compressible_layers
 from ranksearch.plan import LayerChoice, Plan
-from ranksearch.quantization import activation_quantizers, freeze, quantized_modules
+from ranksearch.quantization import QuantizedLinear, activation_quantizers, freeze, quantized_modules
+from ranksearch.statistics import LayerStatistics, collect
 from ranksearch.weights import load_stored, packed_bytes, safetensors_size, stored_state
 from ranksearch.workbench import Workbench, to_arrays
 
@@ -137,13 +143,17 @@ def choice(**fields: Any) -> LayerChoice:
     [
         ("33", choice(weight_bits=8, activation_bits=8), r"no layer '33'; did you mean '3'\?"),
         ("conv.weight", choice(), r"no layer 'conv.weight'; a layer's name is that of model.named_modules"),
-        ("1", INT8, "layer '1' is a BatchNorm2d; only Linear and Conv2d can be compressed"),
+        ("1", INT8, "layer '1' is a BatchNorm2d; only Linear, Conv1d, Conv2d and transformers' Conv1D can"),
         ("8", choice(decomposition="svd", ranks=(33,)), r"layer '8'.*\(33,\) are not all between 1 and \(32,\)"),
         ("8", choice(decomposition="svd", ranks=(0,)), r"layer '8'.*not all between 1"),
         ("8", choice(decomposition="svd", ranks=(2, 2)), r"layer '8'.*takes 1 ranks, not 2"),
         ("8", choice(decomposition="svd", ranks=(2,), options={"fold": 1}), r"layer '8'.*no options .*allowed are"),
         ("8", choice(decomposition="tucker2", ranks=(2, 2)), r"layer '8'.*tucker2 refuses it.*svd factors it"),
-        ("8", choice(decomposition="cp", ranks=(2,)), r"layer '8'.*no decomposition 'cp'; known are none, svd"),
+        (
+            "8",
+            choice(decomposition="tucker3", ranks=(2,)),
+            r"layer '8'.*no decomposition 'tucker3'; known are none, svd",
+        ),
         ("3", choice(weight_bits=4, activation_bits=16), r"layer '3': bits 4/16 are not built; use 32/32 or 8/8"),
         ("3", choice(weight_bits=8), r"layer '3': bits 8/32 are not built"),
     ],
@@ -228,6 +238,254 @@ def test_tied_weights_are_stored_once_and_stay_tied() -> None:
     assert loaded[2].weight is loaded[0].weight and torch.equal(loaded[0].weight, model[0].weight)
     with pytest.raises(PlanError):
         load_stored(loaded, {name: t for name, t in stored_state(model).items() if name != "2.bias"})
+
+
+class FixedFactorisation(Factorisation):
+    """The weight in an orthonormal basis of kernels that never changes; ranks: (kernels,)."""
+
+    def __init__(self, weight: Tensor, groups: int) -> None:
+        self.dense, self.groups = weight.double(), groups
+
+    def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
+        (rank,) = ranks
+        n_outputs, n_inputs, *kernel = self.dense.shape
+        basis = kernels(kernel)[:rank]
+        last = torch.einsum("tsk,rk->tsr", self.dense.flatten(2), basis.double()).reshape(n_outputs, n_inputs * rank)
+        first = basis.repeat(n_inputs * self.groups, 1).reshape(-1, 1, *kernel)
+        return first, last.float()[(..., *[None] * len(kernel))]
+
+    def weight(self, ranks: Ranks) -> Tensor:
+        basis = kernels(list(self.dense.shape[2:]))[: ranks[0]].double()
+        return (self.dense.flatten(2) @ basis.T @ basis).reshape(self.dense.shape).float()
+
+
+class Fixed(AbstractDecomposition):
+    """Filters of a fixed basis for each channel, then a trained mix of them."""
+
+    name = "fixed"
+
+    def refuse(self, spec: LayerSpec) -> str | None:
+        return None if isinstance(spec, ConvSpec) else "a Linear has no kernel"
+
+    def max_ranks(self, spec: LayerSpec, options: Options) -> Ranks:
+        return (torch.Size(spec.weight_shape[2:]).numel(),)
+
+    def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
+        assert isinstance(spec, ConvSpec)
+        (rank,) = ranks
+        n_filtered = spec.in_channels * rank
+        first = filtering(spec, spec.in_channels, n_filtered, groups=spec.in_channels)
+        first.weight.requires_grad_(False)
+        with torch.no_grad():
+            first.weight.copy_(kernels(spec.kernel_size)[:rank].repeat(spec.in_channels, 1).reshape(first.weight.shape))
+        return chain(first, pointwise(spec, n_filtered, spec.out_channels, groups=spec.groups, bias=True))
+
+    def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
+        assert isinstance(spec, ConvSpec)
+        METRICS.append(metric)
+        return FixedFactorisation(weight, spec.groups)
+
+
+METRICS: list[Metric | None] = []
+
+
+def kernels(sizes: Any) -> Tensor:
+    """An orthonormal basis of kernels of these sizes, as rows."""
+    n_taps = torch.Size(sizes).numel()
+    drawn = torch.randn(n_taps, n_taps, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(drawn).Q
+
+
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DECOMPOSITIONS, "fixed", Fixed())
+    METRICS.clear()
+
+
+def pairs_of(inputs: Tensor, size: int) -> Pairs:
+    return [(rows, torch.zeros(len(rows), dtype=torch.long)) for rows in inputs.split(size)]
+
+
+def statistics_of(model: nn.Module, batches: Pairs) -> dict[str, LayerStatistics]:
+    return collect(model, compressible_layers(model, batches[0][0][:1]).layers, batches, F.cross_entropy)
+
+
+def a_grouped_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 16, 5),
+    ).eval()  # fmt: skip
+
+
+def fixed_plan(*layers: str, rank: int = 4, bits: Any = 32) -> Plan:
+    chosen = LayerChoice(decomposition="fixed", ranks=(rank,), weight_bits=bits, activation_bits=bits)
+    return Plan(layers=dict.fromkeys(layers, chosen))
+
+
+@pytest.mark.usefixtures("fixed")
+def test_the_metric_of_a_grouped_layer_holds_its_groups_and_its_gradients() -> None:
+    model, batches = a_grouped_network(), pairs_of(torch.randn(40, 4, 6, 6), 20)
+    statistics = statistics_of(model, batches)
+    factorisations = Factorisations(model, statistics)
+    compress(model, fixed_plan("0", "2"), calibration=batches, factorisations=factorisations)
+    factorisations.of("0", LayerChoice(decomposition="fixed", ranks=(4,), options={"other": 1}))
+    assert METRICS[2] is METRICS[0], "what a metric has computed serves every decomposition"
+    del METRICS[2]
+    for name, metric in zip(("0", "2"), METRICS, strict=True):
+        assert metric is not None and metric.output is not None
+        assert torch.equal(metric.input, statistics[name].input_covariance)
+        assert torch.equal(metric.output, statistics[name].output_gradient_covariance)
+    assert [metric.input.shape for metric in METRICS] == [(2, 18, 18), (8, 9, 9)]
+
+
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_the_bias_keeps_the_mean_of_every_group(layer: str) -> None:
+    model, batches = a_grouped_network(), pairs_of(torch.randn(60, 4, 6, 6) + 1, 60)
+    factorisations = Factorisations(model, statistics_of(model, batches))
+    compressed = compress(model, fixed_plan(layer, rank=2), factorisations=factorisations)
+    upto = int(layer) + 1
+    with torch.no_grad():
+        outputs, expected = (each[:upto](batches[0][0]).mean((0, 2, 3)) for each in (compressed, model))
+        blind = compress(model, fixed_plan(layer, rank=2))[:upto](batches[0][0]).mean((0, 2, 3))
+    assert torch.allclose(outputs, expected, atol=1e-4)
+    assert not torch.allclose(blind, expected, atol=1e-2)
+
+
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_full_rank_of_grouped_layers_is_the_dense_model(calibrated: bool) -> None:
+    model, inputs = a_grouped_network(), torch.randn(40, 4, 6, 6)
+    compressed = compress(model, fixed_plan("0", "2", rank=9), calibration=pairs_of(inputs, 20) if calibrated else None)
+    assert torch.allclose(compressed(inputs), model(inputs), atol=1e-4)
+
+
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_fixed_basis_never_trains_and_is_its_own_placeholder(bits: Any) -> None:
+    model, batches = a_grouped_network(), pairs_of(torch.randn(40, 4, 6, 6), 20)
+    plan = fixed_plan("0", "2", bits=bits)
+    filled = compress(model, plan, calibration=batches, loss=F.cross_entropy)
+    rebuilt = rebuild(model, plan)
+    for each in (filled, rebuilt, copy.deepcopy(filled)):
+        trained = {name for name, parameter in each.named_parameters() if parameter.requires_grad}
+        fixed = {name for name, _ in each.named_parameters()} - trained
+        assert fixed == {"0.0.weight", "2.0.weight"}
+    for name in ("0.0.weight", "2.0.weight"):
+        assert torch.equal(rebuilt.state_dict()[name], filled.state_dict()[name])
+    freeze(filled)
+    load_stored(rebuilt, stored_state(filled))
+    assert not rebuilt[0][0].weight.requires_grad and rebuilt[0][1].weight.requires_grad
+    assert torch.equal(rebuilt(batches[0][0]), filled(batches[0][0]))
+
+
+def test_frozen_layers_that_are_only_quantized_stay_frozen() -> None:
+    model = a_grouped_network()
+    model[2].weight.requires_grad_(False)
+    plan = Plan(layers=dict.fromkeys(("0", "2", "5"), INT8))
+    for each in (rebuild(model, plan), compress(model, plan, calibration=pairs_of(torch.randn(9, 4, 6, 6), 9))):
+        frozen = {name for name, parameter in each.named_parameters() if not parameter.requires_grad}
+        assert frozen == {"2.weight"}
+
+
+def a_sequence_network(kind: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = nn.Conv1d(4, 8, 5, stride=2, padding=2)
+    second, head = nn.Conv1d(8, 8, 3, padding=1, groups=4), nn.Linear(48, 5)
+    layers = [first, second] if kind is nn.Conv1d else [as_image(first), as_image(second)]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.Flatten(), head).eval()
+
+
+@pytest.mark.usefixtures("fixed")
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_conv1d_is_compressed_as_the_conv2d_of_height_one(bits: Any) -> None:
+    inputs = torch.randn(50, 4, 12)
+    plan = fixed_plan("0", "2", rank=2, bits=bits)
+    outputs = []
+    for kind, seen in ((nn.Conv1d, inputs), (nn.Conv2d, inputs.unsqueeze(2))):
+        model = a_sequence_network(kind)
+        compressed = compress(model, plan, calibration=pairs_of(seen, 25), loss=F.cross_entropy)
+        assert shapes(compressed) == shapes(rebuild(model, plan))
+        outputs.append(compressed(seen))
+        placeholder = rebuild(model, plan)(seen)
+        assert placeholder.isfinite().all() and float(placeholder.detach().std()) > 0
+    assert float((outputs[0] - outputs[1]).detach().norm()) / float(outputs[1].detach().norm()) < (
+        1e-4 if bits == 32 else 0.02
+    )
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("decomposition", ["svd", "none"])
+def test_the_conv1d_of_transformers_is_compressed_as_the_linear(decomposition: str, bits: Any) -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(Conv1D(12, 8), nn.GELU(), nn.Flatten(), nn.Linear(36, 5)).eval()
+    linear = nn.Sequential(as_linear(original[0]), *original[1:])
+    ranks = (3,) if decomposition == "svd" else ()
+    chosen = LayerChoice(decomposition=decomposition, ranks=ranks, weight_bits=bits, activation_bits=bits)
+    plan, batches = Plan(layers={"0": chosen}), pairs_of(torch.randn(40, 3, 8), 20)
+    before = copy.deepcopy(original.state_dict())
+    found, expected = (compress(each, plan, calibration=batches, loss=F.cross_entropy) for each in (original, linear))
+    assert shapes(found) == shapes(expected) or plan.changes() == {}
+    torch.testing.assert_close(found(batches[0][0]), expected(batches[0][0]), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
+    if plan.changes():
+        assert not any(isinstance(module, Conv1D) for module in found.modules())
+        rebuilt = rebuild(original, plan)
+        assert shapes(rebuilt) == shapes(found)
+        assert [type(m) for m in rebuilt.modules()] == [type(m) for m in found.modules()]
+        assert (decomposition, bits) != ("none", 8) or type(found[0]) is QuantizedLinear
+
+
+def test_statistics_of_another_model_name_the_layer(model: nn.Sequential, parts: dict[str, Pairs]) -> None:
+    plan, calibration = plans()["float"], parts["train"][:1]
+    wider = nn.Sequential(
+        *copy.deepcopy(model[:3]), nn.Conv2d(16, 12, 3, stride=2, padding=1), *model[6:8], nn.Linear(48, 10)
+    )
+    foreign = statistics_of(wider, calibration)
+    with pytest.raises(StudyError, match=r"layer '6', and Sequential has '0', '3', '8', '10'"):
+        compress(model, plan, statistics={"6": foreign["6"]})
+    with pytest.raises(
+        StudyError, match=r"layer '3': .* output_gradient_covariance is \(12, 12\); .* needs \(24, 24\)"
+    ):
+        compress(model, plan, statistics={"3": foreign["3"], "0": foreign["0"], "8": LayerStatistics()})
+    with pytest.raises(StudyError, match="nothing of layer '3', but of '0'; collect them"):
+        compress(model, plan, statistics={"0": foreign["0"]})
+
+
+@pytest.mark.parametrize("n_examples", [1, 100])
+def test_a_calibration_set_of_one_batch_serves(n_examples: int, model: nn.Sequential, parts: dict[str, Pairs]) -> None:
+    inputs, targets = parts["train"][0]
+    calibration = [(inputs[:n_examples], targets[:n_examples])]
+    for plan in plans().values():
+        outputs = compress(model, plan, calibration=calibration, loss=F.cross_entropy)(parts["validation"][0][0])
+        assert outputs.isfinite().all()
+    if n_examples > 1:
+        fitted = compress(model, plans()["float"], calibration=calibration, loss=F.cross_entropy)
+        assert accuracy(fitted, parts["validation"]) > accuracy(compress(model, plans()["float"]), parts["validation"])
+
+
+def test_inputs_that_never_vary_leave_the_plain_factors() -> None:
+    torch.manual_seed(0)
+    model, plan = nn.Sequential(nn.Linear(8, 6)).eval(), Plan(layers={"0": SVD})
+    fitted = compress(model, plan, statistics=statistics_of(model, pairs_of(torch.randn(1, 8), 1)))
+    plain = compress(model, plan)
+    assert torch.equal(fitted[0][0].weight, plain[0][0].weight)
+
+
+@pytest.mark.parametrize("decomposition", ["svd", "tucker2", "spatial_svd"])
+def test_linearly_dependent_inputs_are_compressed(decomposition: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(200, 5)).eval()
+    half = torch.randn(60, 4, 5, 5)
+    inputs = torch.cat([half, 2 * half], 1)
+    inputs[:, 1] = 0.0
+    rank = LayerChoice(decomposition=decomposition, ranks=(6, 6) if decomposition == "tucker2" else (6,))
+    compressed = compress(model, Plan(layers={"0": rank}), calibration=pairs_of(inputs, 20), loss=F.cross_entropy)
+    blind = compress(model, Plan(layers={"0": rank}))
+    with torch.no_grad():
+        errors = [float((each[0](inputs) - model[0](inputs)).norm()) for each in (compressed, blind)]
+    assert errors[0] < 1.001 * errors[1]
 
 
 def test_parameters_count_once() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standins import Conv1D, as_linear
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -19,6 +20,7 @@ from ranksearch.layers import (
     count_macs,
     evaluating,
     layer_spec,
+    layer_weight,
 )
 
 
@@ -32,7 +34,8 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.again = self.depthwise
-        self.volume = nn.Conv1d(8, 8, 1)
+        self.sequence = nn.Conv1d(8, 6, 3, groups=2)
+        self.upwards = nn.ConvTranspose1d(6, 8, 1)
         self.unused = nn.Linear(2, 2)
         self.tied = nn.Linear(8, 8)
         self.tied_too = nn.Linear(8, 8)
@@ -40,15 +43,15 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.again(self.depthwise(self.norm(self.stem(x))))
-        x = self.volume(x.flatten(2)).mean(-1)
+        x = self.upwards(self.sequence(x.flatten(2))).mean(-1)
         return self.tied_too(self.tied(self.late(input=x)))
 
 
 def test_finds_layers_in_the_order_in_which_they_run() -> None:
     found = compressible_layers(Odd(), torch.randn(2, 3, 8, 8))
-    assert list(found.layers) == ["stem", "depthwise", "late"]
+    assert list(found.layers) == ["stem", "depthwise", "sequence", "late"]
     assert found.skipped == {
-        "volume": "Conv1d is not supported",
+        "upwards": "ConvTranspose1d is not supported",
         "unused": "the example never runs it",
         "tied": "its weight is tied to another module's",
         "tied_too": "its weight is tied to another module's",
@@ -57,11 +60,13 @@ def test_finds_layers_in_the_order_in_which_they_run() -> None:
 
 def test_sizes_are_those_of_the_run() -> None:
     layers = compressible_layers(Odd(), torch.randn(2, 3, 8, 8)).layers
-    stem, depthwise, late = layers["stem"], layers["depthwise"], layers["late"]
+    stem, depthwise, sequence, late = (layers[name] for name in ("stem", "depthwise", "sequence", "late"))
     assert stem.input_shape == (2, 3, 8, 8)
     assert stem.output_shape == (2, 8, 4, 4)
     assert (stem.macs, stem.n_params, stem.n_calls) == (8 * 16 * 27, 8 * 27, 1)
     assert (depthwise.macs, depthwise.n_params, depthwise.n_calls) == (2 * 8 * 16 * 9, 80, 2)
+    assert (sequence.input_shape, sequence.output_shape) == ((2, 8, 16), (2, 6, 14))
+    assert (sequence.macs, sequence.n_params, sequence.n_calls) == (6 * 14 * 4 * 3, 6 * 4 * 3 + 6, 1)
     assert (late.macs, late.n_params, late.input_shape) == (64, 72, (2, 8))
 
 
@@ -131,8 +136,8 @@ def test_evaluating_restores_modes_after_an_error() -> None:
 
 
 def test_nothing_to_compress_says_what_was_skipped() -> None:
-    with pytest.raises(StudyError, match="Sequential has no layer that can be compressed: 0 .Conv1d is not supported"):
-        compressible_layers(nn.Sequential(nn.Conv1d(2, 2, 1)), torch.randn(1, 2, 4))
+    with pytest.raises(StudyError, match="Sequential has no layer that can be compressed: 0 .Conv3d is not supported"):
+        compressible_layers(nn.Sequential(nn.Conv3d(2, 2, 1)), torch.randn(1, 2, 4, 4, 4))
     with pytest.raises(StudyError, match="it has no weights"):
         compressible_layers(nn.ReLU(), torch.randn(1, 2))
 
@@ -145,23 +150,66 @@ def test_subclasses_have_no_spec() -> None:
     assert layer_spec(nn.ReLU()) is None
 
 
-@settings(max_examples=30, deadline=None)
+def over_axes(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@settings(max_examples=40, deadline=None)
 @given(
-    channels=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    n_axes=st.sampled_from([1, 2]),
+    channels=over_axes(1, 4),
     groups=st.integers(1, 3),
-    kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)) | st.just("valid"),
+    kernel_size=over_axes(1, 4),
+    stride=over_axes(1, 3),
+    padding=over_axes(0, 2) | st.just("valid"),
     padding_mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
     bias=st.booleans(),
 )
-def test_a_convolution_is_rebuilt_from_its_spec(channels: tuple[int, int], groups: int, **rest: Any) -> None:
+def test_a_convolution_is_rebuilt_from_its_spec(
+    n_axes: int, channels: tuple[int, int], groups: int, padding_mode: Any, bias: bool, **by_axis: Any
+) -> None:
+    cut = {name: value if isinstance(value, str) else value[:n_axes] for name, value in by_axis.items()}
     spec = ConvSpec(
-        in_channels=channels[0] * groups, out_channels=channels[1] * groups, groups=groups, dilation=(1, 2), **rest
+        in_channels=channels[0] * groups,
+        out_channels=channels[1] * groups,
+        groups=groups,
+        dilation=(1, 2)[-n_axes:],
+        padding_mode=padding_mode,
+        bias=bias,
+        **cut,
     )
     layer = build_layer(spec)
+    assert type(layer) is (nn.Conv1d, nn.Conv2d)[n_axes - 1]
     assert layer_spec(layer) == spec
     assert tuple(layer.weight.shape) == spec.weight_shape
+
+
+def test_the_conv1d_of_transformers_is_a_linear() -> None:
+    layer, example = Conv1D(6, 4), torch.randn(2, 5, 4)
+    linear = as_linear(layer)
+    spec = layer_spec(layer)
+    assert spec == layer_spec(linear) == LinearSpec(in_features=4, out_features=6, bias=True)
+    assert type(build_layer(spec)) is nn.Linear
+    assert torch.equal(layer_weight(layer), linear.weight)
+    found, expected = (compressible_layers(nn.Sequential(each), example).layers["0"] for each in (layer, linear))
+    assert found == expected
+    assert count_macs(layer, example) == count_macs(linear, example) == 5 * 24
+    layer_weight(layer).fill_(2.0)
+    assert bool((layer.weight == 2.0).all()), "the layer's weight is written through it"
+
+
+def test_only_transformers_own_conv1d_is_one() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    assert layer_spec(Conv1D()) is None
+    with pytest.raises(StudyError, match="0 .Conv1D is not supported"):
+        compressible_layers(nn.Sequential(Conv1D()), torch.randn(2, 4))
 
 
 def test_a_linear_is_rebuilt_from_its_spec() -> None:

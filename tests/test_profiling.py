@@ -16,6 +16,7 @@ from ranksearch.cache import Cache
 from ranksearch.candidates import Candidate, Profile
 from ranksearch.compression import Factorisations, compress, rebuild
 from ranksearch.controls import control_plans
+from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.layers import LayerInfo, LayerSpec
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan
@@ -164,8 +165,8 @@ def test_eight_bits_cost_something_more_than_float(profile: Profile) -> None:
 @pytest.mark.parametrize(
     ("space", "bits", "decompositions"),
     [
-        (Space(weight_bits=(8,), rank_multiple=2), {8}, {"none", "svd", "spatial_svd", "tucker2"}),
-        (Space(weight_bits=(32,), rank_multiple=2), {32}, {"none", "svd", "spatial_svd", "tucker2"}),
+        (Space(weight_bits=(8,), rank_multiple=2), {8}, set(DECOMPOSITIONS)),
+        (Space(weight_bits=(32,), rank_multiple=2), {32}, set(DECOMPOSITIONS)),
         (Space(decompositions=("svd",), rank_multiple=2), {32, 8}, {"svd"}),
     ],
 )

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standins import Conv1D, as_image
 from torch import nn
 
 from ranksearch.errors import PlanError, StudyError
+from ranksearch.layers import layer_spec
 from ranksearch.quantization import (
     activation_quantizers,
     freeze,
@@ -24,6 +26,9 @@ from ranksearch.quantization import (
 from ranksearch.quantization.formats import affine_range, affine_step
 from ranksearch.quantization.modules import quantized_weight
 from ranksearch.quantization.ranges import RunningHistogram
+from ranksearch.runtimes import RUNTIMES
+from ranksearch.runtimes.base import int8_kernels
+from ranksearch.spec import Target
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
@@ -32,6 +37,10 @@ LAYERS = {
     "grouped": (lambda: nn.Conv2d(4, 8, 3, groups=2, dilation=2), (2, 4, 9, 9)),
     "same": (lambda: nn.Conv2d(4, 6, (3, 5), padding="same"), (2, 4, 7, 7)),
     "reflect": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="reflect"), (2, 4, 7, 7)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 7, 7)),
+    "sequence": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 15)),
+    "sequence_grouped": (lambda: nn.Conv1d(4, 8, 5, groups=4, dilation=2, bias=False), (2, 4, 15)),
+    "sequence_circular": (lambda: nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 15)),
 }
 
 
@@ -60,10 +69,65 @@ def test_quantized_layer_is_near_the_float_layer(name: str, limit: int) -> None:
 
 
 def test_other_modules_are_refused() -> None:
-    with pytest.raises(TypeError, match="BatchNorm2d cannot be quantized"):
-        quantize_module(nn.BatchNorm2d(3))
+    for module in (nn.BatchNorm2d(3), Conv1D(4, 4)):
+        with pytest.raises(TypeError, match="cannot be quantized; only nn.Conv1d, nn.Conv2d and nn.Linear can"):
+            quantize_module(module)
     with pytest.raises(ValueError, match="weight_limit"):
         quantize_module(nn.Linear(2, 2), 128)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("sequence")])
+def test_a_conv1d_is_quantized_as_the_conv2d_of_height_one(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer, inputs = make(), torch.randn(shape)
+    quantized, image = quantize_module(layer), quantize_module(as_image(layer))
+    for each, seen in ((quantized, inputs), (image, inputs.unsqueeze(2))):
+        observe_ranges(each, [seen])
+    assert torch.equal(quantized.weight_scale, image.weight_scale)
+    torch.testing.assert_close(quantized(inputs), image(inputs.unsqueeze(2)).squeeze(2))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_comes_back_from_its_packed_state(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer, other, inputs = quantize_module(make()), quantize_module(make()), torch.randn(shape)
+    observe_ranges(layer, [inputs])
+    freeze(layer)
+    load_packed(other, packed_state(layer))
+    assert packed_state(layer)["weight"].dtype == torch.int8
+    assert torch.equal(other(inputs), layer(inputs))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_is_frozen_stays_frozen(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer = make()
+    layer.weight.requires_grad_(False)
+    quantized = copy.deepcopy(quantize_module(layer))
+    assert not quantized.weight.requires_grad
+    assert quantized.bias is None or quantized.bias.requires_grad
+    other = quantize_module(layer)
+    load_packed(other, packed_state(quantized))
+    rescale_weights(other)
+    freeze(other)
+    assert not other.weight.requires_grad
+    inputs = torch.rand(shape, requires_grad=True)
+    other(inputs).sum().backward()
+    assert inputs.grad is not None and other.weight.grad is None
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_openvino_offers_eight_bits_where_its_kernels_run_in_eight_bits(name: str) -> None:
+    make, shape = LAYERS[name]
+    layer, inputs = make(), torch.randn(shape)
+    runtime, target = RUNTIMES["openvino"], Target(threads=1)
+    quantized = quantize_module(layer, runtime.weight_limit(target)).eval()
+    observe_ranges(quantized, [inputs])
+    session = runtime.prepare(quantized, inputs, target)
+    assert ((8, 8) in runtime.supported_bits(layer_spec(layer), target)) == bool(int8_kernels(session.kernels()))
+    expected = quantized(inputs).detach()
+    difference = torch.as_tensor(session.run(inputs.numpy())) - expected
+    assert float(difference.abs().max()) < 0.02 * float(expected.abs().max())
 
 
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([64, 127]))

@@ -8,14 +8,23 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standins import Conv1D, as_image, as_linear
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
 from ranksearch.layers import LayerInfo, compressible_layers, layer_spec
 from ranksearch.scoring import output_distance
-from ranksearch.statistics import LayerStatistics, collect, predicted_loss
+from ranksearch.statistics import (
+    LayerStatistics,
+    check_complete,
+    check_statistics,
+    collect,
+    mean_change,
+    predicted_loss,
+)
+from ranksearch.statistics import collector as collecting
 from ranksearch.statistics.calibration import _class_loss
-from ranksearch.statistics.patches import input_patches, output_rows
+from ranksearch.statistics.patches import input_patches, output_rows, sampled_patches, tap_patches
 
 
 def a_convnet(seed: int = 0) -> nn.Sequential:
@@ -56,6 +65,7 @@ def gradients_by_autograd(model: nn.Module, name: str, inputs: Tensor, size: int
     return torch.stack(gradients)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @given(
     channels=st.integers(1, 4),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -197,12 +207,225 @@ def test_batches_are_cut_and_the_memory_is_kept():
     assert all(s.weight_gradients is None for s in alone.values())
 
 
-def test_grouped_convolutions_have_no_covariance():
-    model, inputs = a_convnet(), torch.randn(4, 2, 8, 8)
-    statistics = collect(model, layers_of(model, inputs[:1]), batches_of(inputs, 4), F.cross_entropy)["5"]
-    assert statistics.input_covariance is None and statistics.weight_gradients is not None
+def alike(found: LayerStatistics, expected: LayerStatistics) -> None:
+    for field in dataclasses.fields(LayerStatistics):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        assert (ours is None) == (theirs is None), field.name
+        if ours is not None:
+            assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5), field.name
+
+
+class Groups(nn.Module):
+    """A grouped convolution, and its groups as convolutions of their own."""
+
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d, kind: type[nn.Conv1d] | type[nn.Conv2d]) -> None:
+        super().__init__()
+        self.layer, n_in, n_out = layer, layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        self.alone = nn.ModuleList(
+            kind(
+                n_in,
+                n_out,
+                layer.kernel_size,
+                stride=layer.stride,
+                padding=layer.padding,
+                padding_mode=layer.padding_mode,
+            )
+            for _ in range(layer.groups)
+        )
+        with torch.no_grad():
+            for each, weight, bias in zip(
+                self.alone, layer.weight.chunk(layer.groups), layer.bias.chunk(layer.groups), strict=True
+            ):
+                each.weight.copy_(weight)
+                each.bias.copy_(bias)
+        self.together = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.together:
+            outputs = self.layer(inputs)
+        else:
+            parts = inputs.chunk(len(self.alone), dim=1)
+            outputs = torch.cat([each(part) for each, part in zip(self.alone, parts, strict=True)], 1)
+        return outputs.flatten(2).tanh().mean(-1)
+
+
+@given(
+    groups=st.integers(2, 4),
+    width=st.integers(1, 3),
+    n_outputs=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    n_axes=st.sampled_from([1, 2]),
+    mode=st.sampled_from(["zeros", "circular"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_grouped_convolution_has_the_statistics_of_its_groups(groups, width, n_outputs, kernel, stride, n_axes, mode):
+    torch.manual_seed(0)
+    kind = (nn.Conv1d, nn.Conv2d)[n_axes - 1]
+    layer = kind(groups * width, groups * n_outputs, kernel, stride=stride, padding=1, groups=groups, padding_mode=mode)
+    model, inputs = Groups(layer, kind).eval(), torch.randn(9, groups * width, *[6] * n_axes) + 0.3
+    found = []
+    for model.together in (True, False):
+        layers = layers_of(model, inputs[:1])
+        found.append(collect(model, layers, batches_of(inputs, 4), F.cross_entropy, max_examples=9))
+    whole = found[0]["layer"]
+    alike(dataclasses.replace(whole, output_gradient_covariance=None), stacked(list(found[1].values())))
+    assert whole.input_covariance.shape == (groups, width * kernel**n_axes, width * kernel**n_axes)
+    difference = torch.randn_like(layer.weight)
+    product = dataclasses.replace(whole, weight_gradients=None)
+    pieces = zip(range(groups), difference.chunk(groups), strict=True)
+    assert predicted_loss(product, difference) == pytest.approx(
+        sum(predicted_loss(one_group(whole, i, n_outputs), piece) for i, piece in pieces), rel=1e-9
+    )
+
+
+def stacked(parts: list[LayerStatistics]) -> LayerStatistics:
+    """The statistics of groups as those of one grouped layer."""
+    return LayerStatistics(
+        input_covariance=torch.stack([part.input_covariance for part in parts]),
+        input_mean=torch.stack([part.input_mean for part in parts]),
+        weight_gradients=torch.cat([part.weight_gradients for part in parts], 1),
+        bias_gradients=torch.cat([part.bias_gradients for part in parts], 1),
+    )
+
+
+def one_group(whole: LayerStatistics, group: int, n_outputs: int) -> LayerStatistics:
+    mine = slice(group * n_outputs, (group + 1) * n_outputs)
+    return LayerStatistics(
+        input_covariance=whole.input_covariance[group],
+        output_gradient_covariance=whole.output_gradient_covariance[mine, mine],
+    )
+
+
+def test_the_exact_form_absorbs_the_mean_of_every_group():
+    model, inputs = a_convnet(), torch.randn(11, 2, 8, 8) + 1
+    statistics = collect(model, layers_of(model, inputs[:1]), batches_of(inputs, 11), F.cross_entropy)["5"]
+    difference = torch.randn(6, 3, 3, 3)
+    seen = input_patches(layer_spec(model[5]), model[:5](inputs).detach()).mean((0, 1)).reshape(2, 27)
+    bias = torch.cat([difference[:3].flatten(1) @ seen[0], difference[3:].flatten(1) @ seen[1]])
+    torch.testing.assert_close(mean_change(difference, statistics.input_mean), bias.double(), rtol=1e-4, atol=1e-5)
+    changes = (statistics.weight_gradients * difference.flatten(1)).sum((1, 2)) - statistics.bias_gradients @ bias
+    absorbed = predicted_loss(statistics, difference, mean_absorbed=True)
+    assert absorbed == pytest.approx(float(changes.square().mean()) / 2, rel=1e-3)
+
+
+def test_a_sample_of_positions_stands_for_all(monkeypatch):
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8)), torch.randn(40, 8, 24, 24) + 0.5
+    layers = layers_of(model, inputs[:1])
+    whole = collect(model, layers, batches_of(inputs, 16), None, max_examples=40)["0"]
+    monkeypatch.setattr(collecting, "COVARIANCE_COPIES", 72 * 40 * 100)  # 100 positions of 576
+    sample = collect(model, layers, batches_of(inputs, 16), None, max_examples=40)["0"]
+    assert not torch.equal(sample.input_covariance, whole.input_covariance)
+    scale = whole.input_covariance.diagonal(dim1=1, dim2=2).mean()
+    assert float((sample.input_covariance - whole.input_covariance).abs().max()) < 0.1 * scale
+    assert torch.allclose(sample.input_mean, whole.input_mean, atol=0.05)
+
+
+@given(
+    n_axes=st.sampled_from([0, 1, 2]),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    picked=st.lists(st.integers(0, 3 * 4 - 1), max_size=9),
+)
+@settings(max_examples=30, deadline=None)
+def test_sampled_patches_are_rows_of_all_patches(n_axes, kernel, stride, picked):
+    torch.manual_seed(0)
+    layer = (nn.Linear(4, 2), nn.Conv1d(4, 2, kernel, stride=stride), nn.Conv2d(4, 2, kernel, stride=stride))[n_axes]
+    inputs = torch.randn(3, 9, 4) if n_axes == 0 else torch.randn(3, 4, *[9] * n_axes)
+    spec, index = layer_spec(layer), torch.tensor(picked, dtype=torch.int64)
+    rows = tap_patches(spec, inputs).flatten(0, 1)
+    assert torch.equal(sampled_patches(spec, inputs, index), rows[index])
+
+
+@given(
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2) | st.sampled_from(["same", "valid"]),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 3]),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+)
+@settings(max_examples=40, deadline=None)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_a_conv1d_has_the_statistics_of_the_conv2d_of_height_one(kernel, stride, padding, dilation, groups, mode):
+    torch.manual_seed(0)
+    layer = nn.Conv1d(
+        3, 6, kernel, stride=1 if padding == "same" else stride, padding=padding, dilation=dilation, groups=groups,
+        padding_mode=mode,
+    )  # fmt: skip
+    inputs = torch.randn(7, 3, 10) + 0.4
+    patches = input_patches(layer_spec(layer), inputs)
+    rows = patches.reshape(7, -1, groups, 3 // groups * kernel)
+    outputs = torch.einsum("npgd,gtd->npgt", rows, layer.weight.reshape(groups, -1, 3 // groups * kernel)).flatten(2)
+    assert torch.allclose(outputs + layer.bias, output_rows(layer_spec(layer), layer(inputs)), atol=1e-5)
+    statistics = [
+        collect(model, layers_of(model, seen[:1]), batches_of(seen, 4), F.cross_entropy)["0"]
+        for model, seen in (
+            (nn.Sequential(layer, nn.Tanh(), nn.Flatten()), inputs),
+            (nn.Sequential(as_image(layer), nn.Tanh(), nn.Flatten()), inputs.unsqueeze(2)),
+        )
+    ]
+    alike(*statistics)
+
+
+def test_the_conv1d_of_transformers_has_the_statistics_of_the_linear():
+    torch.manual_seed(0)
+    layer, inputs = Conv1D(5, 4), torch.randn(9, 3, 4)
+    models = [nn.Sequential(each, nn.Tanh(), nn.Flatten()) for each in (layer, as_linear(layer))]
+    alike(*(collect(m, layers_of(m, inputs[:1]), batches_of(inputs, 4), F.cross_entropy)["0"] for m in models))
+
+
+def test_layers_called_by_keyword_are_seen():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(input=inputs)
+
+    torch.manual_seed(0)
+    model, inputs = Named(), torch.randn(9, 4)
+    plain = nn.Sequential(model.head)
+    alike(
+        collect(model, layers_of(model, inputs), batches_of(inputs, 4), F.cross_entropy)["head"],
+        collect(plain, layers_of(plain, inputs), batches_of(inputs, 4), F.cross_entropy)["0"],
+    )
+
+
+def test_nothing_is_predicted_without_gradients():
     with pytest.raises(StudyError, match="collect the statistics with a loss"):
         predicted_loss(LayerStatistics(), torch.zeros(2, 2))
+
+
+def a_grouped_network(n_outputs: int = 5, groups: int = 2) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 4, 3, groups=groups), nn.ReLU(), nn.Flatten(), nn.Linear(144, n_outputs))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.Sequential(*a_grouped_network(), nn.Linear(5, 5)), "tell of layer '4', and Sequential has '0', '3'"),
+        (a_grouped_network(groups=1), r"'0'.* input_covariance is \(18, 18\); its .* \(4, 1, 3, 3\) needs \(2, 9, 9\)"),
+        (a_grouped_network(n_outputs=7), r"layer '3'.* output_gradient_covariance is \(7, 7\); .* needs \(5, 5\)"),
+    ],
+    ids=["name", "groups", "outputs"],
+)
+def test_statistics_of_another_model_are_told_by_layer(other, message):
+    mine, inputs = a_grouped_network(), torch.randn(4, 2, 8, 8)
+    own, foreign = (
+        collect(model, layers_of(model, inputs), batches_of(inputs, 4), F.cross_entropy) for model in (mine, other)
+    )
+    check_statistics(mine, own)
+    check_complete(own, ["0", "3"])
+    with pytest.raises(StudyError, match=message):
+        check_statistics(mine, foreign)
+
+
+def test_layers_of_which_statistics_tell_nothing_are_named():
+    with pytest.raises(StudyError, match="nothing of layer '3', but of '0', '5'; collect them"):
+        check_complete({"0": LayerStatistics(), "5": LayerStatistics()}, ["0", "3"])
 
 
 def test_the_model_stays_as_it_was():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from standins import Conv1D, as_linear
 from torch import nn
 
 from ranksearch.surgery import replace_modules
@@ -32,6 +33,14 @@ def test_replaces_a_shared_module_wherever_it_is_registered() -> None:
     assert model.second is new
     assert model.blocks[0][0] is new
     assert model.blocks[1] is not new
+
+
+def test_a_linear_takes_the_place_of_the_conv1d_of_transformers() -> None:
+    model, inputs = nn.Sequential(Conv1D(6, 4), nn.GELU(), nn.Linear(6, 2)), torch.randn(2, 5, 4)
+    before = model(inputs)
+    replace_modules(model, {"0": as_linear(model[0])})
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(inputs), before)
 
 
 def test_a_replacement_may_hold_what_it_replaces() -> None:

@@ -93,7 +93,7 @@ SPECS: list[tuple[dict[str, Any], str]] = [
     ({"space": Space(only=("layer4.*",))}, "the glob 'layer4.*' matches no layer; layers are 0, 3, 8, 10"),
     ({"space": Space(skip=("3", "conv*"))}, r"the glob 'conv\*' matches no layer"),
     ({"space": Space(only=("3",), skip=("3",))}, "leave no layer to compress"),
-    ({"space": Space(decompositions=("svd", "cp"))}, "Space.decompositions: there is no decomposition 'cp'; known are"),
+    ({"space": Space(decompositions=("svd", "qr"))}, "Space.decompositions: there is no decomposition 'qr'; known are"),
 ]
 
 

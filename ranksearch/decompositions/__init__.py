@@ -1,11 +1,17 @@
 """The decompositions by name, and the check that a choice fits a layer."""
 
 from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, describe
+from ranksearch.decompositions.blueprint_separable import BlueprintSeparable
+from ranksearch.decompositions.cp import CP
+from ranksearch.decompositions.depthwise_separable import DepthwiseSeparable
+from ranksearch.decompositions.grouped_svd import GroupedSVD
+from ranksearch.decompositions.harmonic import Harmonic
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.none import NoDecomposition
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.decompositions.spatial_svd import SpatialSVD
 from ranksearch.decompositions.svd import SVD
+from ranksearch.decompositions.tensor_train import TensorTrain
 from ranksearch.decompositions.tucker2 import Tucker2
 from ranksearch.errors import DecompositionError
 from ranksearch.layers import LayerSpec
@@ -24,7 +30,19 @@ __all__ = [
 ]
 
 DECOMPOSITIONS: dict[str, AbstractDecomposition] = {
-    decomposition.name: decomposition for decomposition in (NoDecomposition(), SVD(), SpatialSVD(), Tucker2())
+    decomposition.name: decomposition
+    for decomposition in (
+        NoDecomposition(),
+        SVD(),
+        SpatialSVD(),
+        Tucker2(),
+        CP(),
+        TensorTrain(),
+        DepthwiseSeparable(),
+        BlueprintSeparable(),
+        GroupedSVD(),
+        Harmonic(),
+    )
 }
 _BUILT_IN = frozenset(DECOMPOSITIONS)
 
@@ -56,8 +74,9 @@ def check_choice(spec: LayerSpec, choice: LayerChoice, *, layer: str | None = No
     reason = decomposition.refuse(spec)
     if reason is not None:
         raise DecompositionError(f"{place}: {choice.decomposition} refuses it: {reason}")
-    if choice.options not in [dict(allowed) for allowed in decomposition.options]:
-        allowed = " or ".join(str(dict(allowed)) for allowed in decomposition.options)
+    settings = [decomposition.spell_out(options) for options in decomposition.options_for(spec)]
+    if decomposition.spell_out(choice.options) not in settings:
+        allowed = " or ".join(str(setting) for setting in settings)
         raise DecompositionError(
             f"{place}: {choice.decomposition} has no options {choice.options}; allowed are {allowed}"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ranksearch.decompositions.metric import Metric, cheapest
 from ranksearch.decompositions.ranks import Ranks, equal_share_path, geometric_spread, neighbours
 from ranksearch.errors import DecompositionError
-from ranksearch.layers import ConvSpec, LayerSpec
+from ranksearch.layers import ConvSpec, LayerSpec, count_macs
 from ranksearch.plan import Option
 
 Options = Mapping[str, Option]
@@ -61,13 +61,24 @@ class BestOf(Factorisation):
 
 
 class AbstractDecomposition(abc.ABC):
-    """A way to factor a layer's weight; `options` lists every setting of it that a plan may name.
+    """A way to factor a layer's weight; `options` lists every setting of it that a plan may name, the default first.
 
-    The bias is not its concern: the last module that `build` gives carries it.
+    `default_options` are what a plan means that leaves a setting out, so that either spelling names the same choice;
+    `options` lists the one that candidates bear. The bias is not its concern: the last module that `build` gives
+    carries it.
     """
 
     name: ClassVar[str]
+    # Multiples suit kernels where ranks are channels; where they count terms, each of which has many, all are offered.
+    ranks_are_channels: ClassVar[bool] = True
+    # Candidates have at most this share of the layer's parameters; for a method whose large ranks take long to fit.
+    max_share: ClassVar[float] = 1.0
     options: ClassVar[tuple[Options, ...]] = ({},)
+    default_options: ClassVar[Options] = {}
+
+    def options_for(self, spec: LayerSpec) -> tuple[Options, ...]:
+        """Those of `options` that make a difference to this layer, the default first."""
+        return self.options
 
     @abc.abstractmethod
     def refuse(self, spec: LayerSpec) -> str | None:
@@ -76,6 +87,10 @@ class AbstractDecomposition(abc.ABC):
     @abc.abstractmethod
     def max_ranks(self, spec: LayerSpec, options: Options) -> Ranks:
         """The largest ranks, at which the factors give back the weight exactly; () where there are none."""
+
+    def path_end(self, spec: LayerSpec, options: Options) -> Ranks:
+        """Where the path of equal shares ends: the largest ranks, unless one of them is no limit beside the others."""
+        return self.max_ranks(spec, options)
 
     @abc.abstractmethod
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
@@ -90,6 +105,11 @@ class AbstractDecomposition(abc.ABC):
         """
 
     @final
+    def spell_out(self, options: Options) -> dict[str, Option]:
+        """The options with the defaults that they leave out."""
+        return {**self.default_options, **options}
+
+    @final
     def n_params(self, spec: LayerSpec, ranks: Ranks, options: Options) -> int:
         """The parameters of what `build` gives, biases included."""
         with torch.device("meta"):
@@ -97,16 +117,30 @@ class AbstractDecomposition(abc.ABC):
         return sum(parameter.numel() for parameter in module.parameters())
 
     @final
+    def macs(self, spec: LayerSpec, ranks: Ranks, options: Options, input_shape: tuple[int, ...]) -> int:
+        """The multiply-adds of what `build` gives for one row of an input of this shape, batch included."""
+        with torch.device("meta"):
+            return count_macs(self.build(spec, ranks, options), torch.empty(input_shape))
+
+    @final
+    def break_even(self, spec: LayerSpec, options: Options) -> Ranks | None:
+        """The largest ranks, in equal shares, with fewer parameters than the layer; None if none have."""
+        path = equal_share_path(self.path_end(spec, options), 1)
+        fitting = self._fitting(path, spec, options, n_dense_params(spec) - 1)
+        return fitting[-1] if fitting else None
+
+    @final
     def rank_choices(self, spec: LayerSpec, options: Options, multiple: int) -> list[Ranks]:
         """The ranks worth timing, fewest parameters first: at most twelve, spread geometrically.
 
-        All are multiples and have fewer parameters than the layer. With several ranks they lie along equal shares
-        of the maxima, some with neighbours that favour one rank. Without ranks the only choice is ().
+        All are multiples and have fewer parameters than the layer, or at most `max_share` of them. With several
+        ranks they lie along equal shares, some with neighbours that favour one rank. Without ranks there is only ().
         """
-        most = self.max_ranks(spec, options)
+        most = self.path_end(spec, options)
         if not most:
             return [()]
-        limit = n_dense_params(spec) - 1
+        multiple = multiple if self.ranks_are_channels else 1
+        limit = min(math.floor(self.max_share * n_dense_params(spec)), n_dense_params(spec) - 1)
         smaller = self._fitting(equal_share_path(most, multiple), spec, options, limit)
         if len(most) == 1:
             return geometric_spread(smaller, MAX_CHOICES)
@@ -120,7 +154,7 @@ class AbstractDecomposition(abc.ABC):
     @final
     def uniform_ranks(self, spec: LayerSpec, options: Options, share: float, multiple: int) -> Ranks | None:
         """The largest ranks, in equal shares, with at most `share` of the layer's parameters; None if none have."""
-        path = equal_share_path(self.max_ranks(spec, options), multiple)
+        path = equal_share_path(self.path_end(spec, options), multiple if self.ranks_are_channels else 1)
         fitting = self._fitting(path, spec, options, math.floor(share * n_dense_params(spec)))
         return fitting[-1] if fitting else None
 
@@ -135,6 +169,11 @@ def n_dense_params(spec: LayerSpec) -> int:
     return math.prod(spec.weight_shape) + (spec.weight_shape[0] if spec.bias else 0)
 
 
+def n_groups(spec: LayerSpec) -> int:
+    """The groups of channels that the layer keeps apart."""
+    return spec.groups if isinstance(spec, ConvSpec) else 1
+
+
 def describe(spec: LayerSpec) -> str:
     """The layer in an error message: `Conv2d(16 -> 32, 3x3, groups=4)`."""
     if not isinstance(spec, ConvSpec):
@@ -144,13 +183,18 @@ def describe(spec: LayerSpec) -> str:
     return f"Conv{len(spec.kernel_size)}d({spec.in_channels} -> {spec.out_channels}, {kernel}{groups})"
 
 
+def refuse_depthwise(spec: LayerSpec) -> str | None:
+    """Why channels cannot be mixed before or after the filters of a depthwise convolution; None for other layers."""
+    if isinstance(spec, ConvSpec) and 1 < spec.groups == spec.in_channels:
+        return "a depthwise convolution filters each channel alone: there is no rank to cut"
+    return None
+
+
 def refuse_groups(spec: LayerSpec) -> str | None:
     """Why a grouped convolution is not factored; None for every other layer."""
-    if not isinstance(spec, ConvSpec) or spec.groups == 1:
+    if n_groups(spec) == 1:
         return None
-    if spec.groups == spec.in_channels:
-        return "a depthwise convolution filters each channel alone: there is no rank to cut"
-    return f"a convolution in {spec.groups} groups is not factored"
+    return refuse_depthwise(spec) or f"a convolution in {n_groups(spec)} groups is not factored"
 
 
 def refuse_pointwise(spec: LayerSpec) -> str | None:
@@ -173,7 +217,7 @@ def double_precision(weight: Tensor, spec: LayerSpec, metric: Metric | None) -> 
     exact = weight.detach().double()
     if metric is None:
         return exact, None
-    groups = spec.groups if isinstance(spec, ConvSpec) else 1
+    groups = n_groups(spec)
     shape = (n_inputs, n_inputs) if groups == 1 else (groups, n_inputs, n_inputs)
     _check(metric.input, shape, f"{describe(spec)}: the input covariance")
     if metric.output is not None:

@@ -1,7 +1,6 @@
-"""Two layers through a bottleneck: k x k with `rank` filters, then 1 x 1; for a Linear two of them."""
+"""Two layers through a bottleneck: k x k with `rank` filters, then 1 x 1, or the other way round."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor, nn
@@ -10,67 +9,61 @@ from ranksearch.decompositions.base import (
     AbstractDecomposition,
     Factorisation,
     Options,
-    double_precision,
-    refuse_groups,
+    n_groups,
+    refuse_depthwise,
 )
+from ranksearch.decompositions.bottleneck import Folding, factorise_bottleneck, folding_of
 from ranksearch.decompositions.building import chain, filtering, pointwise
-from ranksearch.decompositions.matrices import balanced_pair, principal_directions
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
 
 
 @final
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SVDFactorisation(Factorisation):
-    """weight.flatten(1) = last (T, K) @ first (K, D), most important components first."""
-
-    last: Tensor
-    first: Tensor
-    shape: tuple[int, ...]
-
-    def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
-        (rank,) = ranks
-        kernel = self.shape[2:]
-        first = self.first[:rank].reshape(rank, *self.shape[1:])
-        last = self.last[:, :rank].reshape(-1, rank, *(1 for _ in kernel))
-        return first.clone(), last.clone()
-
-    def weight(self, ranks: Ranks) -> Tensor:
-        (rank,) = ranks
-        return (self.last[:, :rank] @ self.first[:rank]).reshape(self.shape)
-
-
-@final
 class SVD(AbstractDecomposition):
-    """Ranks: (rank,), the filters in between. With a covariance, the principal components of the layer's output.
+    """Ranks: (rank,), the channels in between, per group. With a metric, the principal components of the output.
 
-    Q Q^T W, with Q the first eigenvectors of W G W^T, is the best approximation of rank r for inputs of
-    covariance G; without G it is the truncated SVD.
+    Option `folding`: `kernel_first`, which an empty dict means too, filters first and then mixes the channels
+    (Zhang et al., "Accelerating very deep convolutional networks", 2016): with Q the first eigenvectors of W G W^T,
+    Q Q^T W is the best approximation for inputs of covariance G; without G it is the truncated SVD. `kernel_last`
+    cuts the channels first and takes G averaged over the taps. Without a kernel there is one folding alone.
     """
 
     name: ClassVar[str] = "svd"
+    options: ClassVar[tuple[Options, ...]] = ({}, {"folding": "kernel_last"})
+    default_options: ClassVar[Options] = {"folding": "kernel_first"}
+
+    def options_for(self, spec: LayerSpec) -> tuple[Options, ...]:
+        has_kernel = isinstance(spec, ConvSpec) and math.prod(spec.kernel_size) > 1
+        return self.options if has_kernel else self.options[:1]
 
     def refuse(self, spec: LayerSpec) -> str | None:
-        return refuse_groups(spec)
+        return refuse_depthwise(spec)
 
     def max_ranks(self, spec: LayerSpec, options: Options) -> Ranks:
-        n_outputs, *inputs = spec.weight_shape
-        return (min(n_outputs, math.prod(inputs)),)
+        return (_folding(spec, self.spell_out(options)).max_rank,)
 
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
         (rank,) = ranks
-        first = (
-            filtering(spec, spec.in_channels, rank)
-            if isinstance(spec, ConvSpec)
-            else pointwise(spec, spec.in_features, rank)
+        groups, n_outputs = n_groups(spec), spec.weight_shape[0]
+        if not isinstance(spec, ConvSpec):
+            return chain(pointwise(spec, spec.in_features, rank), pointwise(spec, rank, n_outputs, bias=True))
+        middle = groups * rank
+        if self.spell_out(options)["folding"] == "kernel_last":
+            return chain(
+                pointwise(spec, spec.in_channels, middle, groups=groups),
+                filtering(spec, middle, n_outputs, groups=groups, bias=True),
+            )
+        return chain(
+            filtering(spec, spec.in_channels, middle, groups=groups),
+            pointwise(spec, middle, n_outputs, groups=groups, bias=True),
         )
-        return chain(first, pointwise(spec, rank, spec.weight_shape[0], bias=True))
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
-        covariance = None if metric is None else metric.input
-        matrix = exact.flatten(1)
-        directions = principal_directions(matrix, covariance)
-        last, first = balanced_pair(directions, directions.T @ matrix)
-        return SVDFactorisation(last=last.float(), first=first.float(), shape=spec.weight_shape)
+        return factorise_bottleneck(weight, spec, _folding(spec, self.spell_out(options)), metric)
+
+
+def _folding(spec: LayerSpec, options: Options) -> Folding:
+    kernel = spec.kernel_size if isinstance(spec, ConvSpec) else ()
+    pixel = tuple(1 for _ in kernel)
+    return folding_of(spec, pixel, kernel) if options["folding"] == "kernel_last" else folding_of(spec, kernel, pixel)

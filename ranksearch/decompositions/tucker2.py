@@ -15,21 +15,29 @@ from ranksearch.decompositions.base import (
     refuse_groups,
     refuse_pointwise,
 )
+from ranksearch.decompositions.bottleneck import (
+    Folding,
+    LastSolver,
+    Roots,
+    folding_of,
+    is_small,
+    principal_pair,
+    weighed_directions,
+    weighings,
+)
 from ranksearch.decompositions.building import chain, filtering, pointwise
-from ranksearch.decompositions.matrices import floored, principal_directions, square_roots
+from ranksearch.decompositions.matrices import floored
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec
 
-# Directions that inputs hardly take would make large factors and lose float32 digits once unwhitened.
-_RIDGE = 1e-4
 _BALANCING_STEPS = 60
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tucker2Factorisation(Factorisation):
-    """weight = core (K_out, K_in, kh, kw), times output (T, K_out) in mode 0 and input (S, K_in) in mode 1."""
+    """weight = core (K_out, K_in, *kernel), times output (T, K_out) in mode 0 and input (S, K_in) in mode 1."""
 
     output: Tensor
     core: Tensor
@@ -37,14 +45,17 @@ class Tucker2Factorisation(Factorisation):
 
     def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
         output, core, given = self._cut(ranks)
+        pixel = tuple(1 for _ in core.shape[2:])
         scale_in, scale_out = _balancing_scales(given, core, output)
-        core = core * scale_out[:, None, None, None] * scale_in[None, :, None, None]
-        first = (given / scale_in).T.contiguous()
-        last = output / scale_out
-        return first[:, :, None, None].clone(), core, last[:, :, None, None].clone()
+        core = core * scale_out.reshape(-1, 1, *pixel) * scale_in.reshape(1, -1, *pixel)
+        first = (given / scale_in).T.reshape(-1, len(given), *pixel)
+        last = (output / scale_out).reshape(len(output), -1, *pixel)
+        return first.clone(memory_format=torch.contiguous_format), core, last
 
     def weight(self, ranks: Ranks) -> Tensor:
-        return _expand(*self._cut(ranks))
+        output, core, given = self._cut(ranks)
+        narrow = torch.einsum("oi...,si->os...", core, given)
+        return torch.einsum("to,os...->ts...", output, narrow)
 
     def _cut(self, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
         rank_out, rank_in = ranks
@@ -52,12 +63,39 @@ class Tucker2Factorisation(Factorisation):
 
 
 @final
+class SequentialFactorisation(Factorisation):
+    """Cuts the inputs first, solves all that follows for those that are left, and cuts the outputs of that."""
+
+    def __init__(self, solver: LastSolver, output_roots: Roots | None) -> None:
+        self._solver, self._output_roots = solver, output_roots
+        self._known: dict[int, Tucker2Factorisation] = {}
+
+    def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
+        return self._given(ranks[1]).factors(ranks)
+
+    def weight(self, ranks: Ranks) -> Tensor:
+        return self._given(ranks[1]).weight(ranks)
+
+    def _given(self, rank_in: int) -> Tucker2Factorisation:
+        """The factors at this input rank and every output rank."""
+        if rank_in not in self._known:
+            solved, normal = self._solver.solve(rank_in)
+            project, output = weighed_directions(solved, normal, self._output_roots)
+            core = (project.mT @ solved).reshape(-1, rank_in, *self._solver.folding.last_kernel)
+            given = self._solver.first[0, :rank_in].T
+            self._known[rank_in] = _single(output[0], core, given)
+        return self._known[rank_in]
+
+
+@final
 class Tucker2(AbstractDecomposition):
     """Ranks: (rank_out, rank_in), the channels after and before the k x k convolution.
 
-    The truncated higher-order SVD: one eigendecomposition per mode, the core once, cut for every rank. With a
-    covariance, the output mode takes the principal components of the output, the input mode is whitened by the
-    channels' covariance; the plain one is kept where it loses less.
+    The truncated higher-order SVD (Kim et al., "Compression of deep convolutional neural networks", 2016): one
+    eigendecomposition per mode, the core once, cut for every rank. With a metric, the input mode takes the principal
+    components in the channels' covariance and the output mode those of the output, on layers of up to 1,200 inputs
+    after the core was solved for the inputs that are left; the plain one is kept where it loses less. On wider ones
+    a larger output rank beside a small input rank can lose more, since either mode is cut without the other.
     """
 
     name: ClassVar[str] = "tucker2"
@@ -66,8 +104,8 @@ class Tucker2(AbstractDecomposition):
         return refuse_groups(spec) or refuse_pointwise(spec)
 
     def max_ranks(self, spec: LayerSpec, options: Options) -> Ranks:
-        n_outputs, n_inputs, height, width = spec.weight_shape
-        n_taps = height * width
+        n_outputs, n_inputs, *kernel = spec.weight_shape
+        n_taps = torch.Size(kernel).numel()
         return min(n_outputs, n_inputs * n_taps), min(n_inputs, n_outputs * n_taps)
 
     def build(self, spec: LayerSpec, ranks: Ranks, options: Options) -> nn.Module:
@@ -81,38 +119,37 @@ class Tucker2(AbstractDecomposition):
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
         exact, metric = double_precision(weight, spec, metric)
-        plain = _hosvd(exact, None)
+        plain = _hosvd(exact, spec, None, None)
         if metric is None:
             return plain
-        return BestOf(exact, metric, _hosvd(exact, metric.input), plain)
+        aware = _sequential if is_small(metric) else _hosvd
+        return BestOf(exact, metric, *(aware(exact, spec, metric, roots) for roots in weighings(metric)), plain)
 
 
-def _hosvd(weight: Tensor, covariance: Tensor | None) -> Tucker2Factorisation:
-    """The full factors of a float64 weight (T, S, kh, kw), whitened where there is a covariance (D, D)."""
-    n_inputs = weight.shape[1]
-    output = principal_directions(weight.flatten(1), covariance)
-    by_input = weight.transpose(0, 1).flatten(1)
-    if covariance is None:
-        project = unproject = principal_directions(by_input, None)
-    else:
-        root, inverse_root = square_roots(_channel_covariance(covariance, n_inputs), _RIDGE)
-        directions = principal_directions(root @ by_input, None)
-        project, unproject = root @ directions, inverse_root @ directions
-    core = torch.einsum("tshw,to,si->oihw", weight, output, project)
-    return Tucker2Factorisation(output=output.float(), core=core.float(), input=unproject.float())
+def _hosvd(weight: Tensor, spec: LayerSpec, metric: Metric | None, roots: Roots | None) -> Tucker2Factorisation:
+    """The full factors of a float64 weight, both modes of it cut alone."""
+    folding = _cutting_inputs(spec)
+    last, first = principal_pair(weight, folding, None if metric is None else folding.seen(metric.inputs), roots)
+    project, output = weighed_directions(weight.flatten(1)[None], None if metric is None else metric.inputs, roots)
+    n_outputs, rank_in = len(weight), first.shape[1]
+    taps = last.reshape(n_outputs, -1, rank_in).transpose(1, 2)
+    core = torch.einsum("to,tik->oik", project[0], taps).reshape(-1, rank_in, *folding.last_kernel)
+    return _single(output[0], core, first[0].T)
 
 
-def _channel_covariance(covariance: Tensor, n_inputs: int) -> Tensor:
-    """The covariance (S, S) of the channels, averaged over the taps of the patch."""
-    n_taps = len(covariance) // n_inputs
-    taps = covariance.reshape(n_inputs, n_taps, n_inputs, n_taps)
-    return torch.diagonal(taps, dim1=1, dim2=3).mean(-1)
+def _sequential(weight: Tensor, spec: LayerSpec, metric: Metric, roots: Roots | None) -> SequentialFactorisation:
+    folding = _cutting_inputs(spec)
+    pair = principal_pair(weight, folding, folding.seen(metric.inputs), roots)
+    return SequentialFactorisation(LastSolver(weight, *pair, folding, metric.inputs), roots)
 
 
-def _expand(output: Tensor, core: Tensor, given: Tensor) -> Tensor:
-    """The weight (T, S, kh, kw) of its Tucker-2 factors."""
-    narrow = torch.einsum("oihw,si->oshw", core, given)
-    return torch.einsum("to,oshw->tshw", output, narrow)
+def _cutting_inputs(spec: LayerSpec) -> Folding:
+    assert isinstance(spec, ConvSpec), "refuse() turns every other layer away"
+    return folding_of(spec, tuple(1 for _ in spec.kernel_size), spec.kernel_size)
+
+
+def _single(output: Tensor, core: Tensor, given: Tensor) -> Tucker2Factorisation:
+    return Tucker2Factorisation(output=output.float(), core=core.float(), input=given.float())
 
 
 def _balancing_scales(given: Tensor, core: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +158,7 @@ def _balancing_scales(given: Tensor, core: Tensor, output: Tensor) -> tuple[Tens
     They are the scales at which the factors' summed squares are least; alternating finds them, since the sum is
     convex in their logarithms.
     """
-    slices = core.double().pow(2).sum((2, 3))
+    slices = core.double().pow(2).flatten(2).sum(2)
     energy = slices.clamp_min(max(float(slices.max()) * 1e-12, 1e-30))
     inputs = floored(given.double().norm(dim=0))
     outputs = floored(output.double().norm(dim=0))

@@ -3,6 +3,7 @@
 from ranksearch.quantization.formats import CODE_LIMIT, weight_codes, weight_scale
 from ranksearch.quantization.modules import (
     ActivationQuantizer,
+    QuantizedConv1d,
     QuantizedConv2d,
     QuantizedLinear,
     activation_quantizers,
@@ -17,6 +18,7 @@ from ranksearch.quantization.ranges import observe_ranges
 __all__ = [
     "CODE_LIMIT",
     "ActivationQuantizer",
+    "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedLinear",
     "activation_quantizers",

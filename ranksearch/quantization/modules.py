@@ -1,7 +1,8 @@
 """Layers that compute as int8 kernels do: input and weight are rounded, gradients pass straight through."""
 
 from collections.abc import Callable
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,47 @@ class QuantizedLinear(nn.Module):
         return functional.linear(self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sliding:
+    """How a convolution runs over its inputs: torch's settings, and what is padded before by other than zeros."""
+
+    settings: dict[str, Any]
+    border: tuple[int, ...]
+    padding_mode: str
+
+    def padded(self, values: Tensor) -> Tensor:
+        return values if self.padding_mode == "zeros" else functional.pad(values, self.border, mode=self.padding_mode)
+
+
+def _sliding(layer: nn.Conv1d | nn.Conv2d) -> _Sliding:
+    padding: Any = layer.padding if layer.padding_mode == "zeros" else 0
+    return _Sliding(
+        settings={"stride": layer.stride, "padding": padding, "dilation": layer.dilation, "groups": layer.groups},
+        border=tuple(layer._reversed_padding_repeated_twice),
+        padding_mode=layer.padding_mode,
+    )
+
+
+class QuantizedConv1d(nn.Module):
+    """A convolution over one axis with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
+
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    def __init__(self, layer: nn.Conv1d, weight_limit: int = CODE_LIMIT) -> None:
+        super().__init__()
+        _take_weights(self, layer, weight_limit)
+        self.weight_limit = weight_limit
+        self.activation = ActivationQuantizer()
+        self._sliding = _sliding(layer)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        values, weight, bias = self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias)
+        return functional.conv1d(self._sliding.padded(values), weight, bias, **self._sliding.settings)
+
+
 class QuantizedConv2d(nn.Module):
-    """A convolution with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
+    """A convolution over two axes with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
 
     weight_scale: Tensor
     weight_zero_point: Tensor
@@ -81,33 +121,30 @@ class QuantizedConv2d(nn.Module):
         _take_weights(self, layer, weight_limit)
         self.weight_limit = weight_limit
         self.activation = ActivationQuantizer()
-        self.stride, self.dilation, self.groups = layer.stride, layer.dilation, layer.groups
-        self.padding, self.padding_mode = layer.padding, layer.padding_mode
-        self._border = tuple(layer._reversed_padding_repeated_twice)
+        self._sliding = _sliding(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
         values, weight, bias = self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias)
-        padding: str | tuple[int, ...] = self.padding
-        if self.padding_mode != "zeros":
-            values, padding = functional.pad(values, self._border, mode=self.padding_mode), (0, 0)
-        return functional.conv2d(values, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return functional.conv2d(self._sliding.padded(values), weight, bias, **self._sliding.settings)
 
 
-QuantizedModule = QuantizedConv2d | QuantizedLinear
+QuantizedModule = QuantizedConv1d | QuantizedConv2d | QuantizedLinear
 _QUANTIZED: dict[type[nn.Module], Callable[..., QuantizedModule]] = {
+    nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Linear: QuantizedLinear,
 }
 
 
 def quantize_module(module: nn.Module, weight_limit: int = CODE_LIMIT) -> QuantizedModule:
-    """The int8 counterpart of a plain nn.Conv2d or nn.Linear, with a copy of its weights.
+    """The int8 counterpart of a plain nn.Conv1d, nn.Conv2d or nn.Linear, with a copy of its weights.
 
-    The input's range is a placeholder until observe_ranges. Raises TypeError for any other module.
+    What is frozen stays so. The input's range is a placeholder until observe_ranges. Raises TypeError for any other
+    module.
     """
     quantized = _QUANTIZED.get(type(module))
     if quantized is None:
-        raise TypeError(f"{type(module).__name__} cannot be quantized; only nn.Conv2d and nn.Linear can")
+        raise TypeError(f"{type(module).__name__} cannot be quantized; only nn.Conv1d, nn.Conv2d and nn.Linear can")
     return quantized(module, weight_limit).train(module.training)
 
 
@@ -124,7 +161,7 @@ def quantized_weight(module: QuantizedModule) -> Tensor:
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     """The quantized layers of the model by name, each once."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedConv2d | QuantizedLinear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -146,14 +183,15 @@ def freeze(model: nn.Module) -> None:
         cast(Tensor, module.weight).copy_(quantized_weight(module))
 
 
-def _take_weights(module: QuantizedModule, layer: nn.Conv2d | nn.Linear, weight_limit: int) -> None:
-    """Copies weight and bias into `module` and registers the grid of the weight."""
+def _take_weights(module: QuantizedModule, layer: nn.Conv1d | nn.Conv2d | nn.Linear, weight_limit: int) -> None:
+    """Copies weight and bias into `module`, trainable where they were, and registers the grid of the weight."""
     if not 1 <= weight_limit <= CODE_LIMIT:
         raise ValueError(f"weight_limit is {weight_limit}; it must be between 1 and {CODE_LIMIT}")
     weight = layer.weight.detach()
-    module.weight = nn.Parameter(weight.clone())
-    bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
-    module.register_parameter("bias", bias)
+    module.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
+    bias = layer.bias
+    copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    module.register_parameter("bias", copied)
     module.register_buffer("weight_scale", weight_scale(weight, weight_limit))
     zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
     module.register_buffer("weight_zero_point", zeros, persistent=False)

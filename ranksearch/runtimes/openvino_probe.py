@@ -52,7 +52,8 @@ def _convolution(weights: Weights, spec: "ConvSpec") -> Any:
     ops = ov.opset13
     reach = [(size - 1) * gap + PIXELS for size, gap in zip(spec.kernel_size, spec.dilation, strict=True)]
     inputs = ops.parameter([1, spec.in_channels, *reach], dtype=np.float32)
-    shared = ([*spec.stride], [0, 0], [0, 0], [*spec.dilation])
+    unpadded = [0] * len(spec.kernel_size)
+    shared = ([*spec.stride], unpadded, unpadded, [*spec.dilation])
     if spec.groups == 1:
         output = ops.convolution(_activations(inputs), _rounded(weights), *shared)
     else:

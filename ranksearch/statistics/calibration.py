@@ -81,7 +81,7 @@ def _hooked(model: nn.Module, collectors: Mapping[str, Collector]) -> Iterator[N
         parameter.requires_grad_(False)
     try:
         for name, collector in collectors.items():
-            handles.append(model.get_submodule(name).register_forward_hook(collector))
+            handles.append(model.get_submodule(name).register_forward_hook(collector, with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -6,14 +6,25 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import ConvSpec, LayerInfo, LayerSpec
-from ranksearch.statistics.patches import channels_first, count_taps, output_rows, tap_patches
+from ranksearch.layers import LayerInfo, LayerSpec, first_argument
+from ranksearch.statistics.patches import (
+    by_group,
+    channels_first,
+    count_groups,
+    count_positions,
+    count_taps,
+    output_rows,
+    sampled_patches,
+    tap_patches,
+)
 from ranksearch.statistics.values import LayerStatistics
 
 # Patches are made for as many examples at once as give this many numbers: 16 MB, which the caches nearly hold.
 CHUNK_NUMBERS = 1 << 22
 # Multiply-adds for one layer's covariance; beyond, a random sample of its positions stands for all.
 COVARIANCE_MACS = 1e11
+# The same for copies: a convolution in many groups multiplies little, and would do nothing but copy patches.
+COVARIANCE_COPIES = 1 << 24
 
 
 class Collector:
@@ -23,16 +34,16 @@ class Collector:
         n_outputs, *rest = info.spec.weight_shape
         n_inputs = math.prod(rest)
         self.spec: LayerSpec = info.spec
-        self.n_groups = info.spec.groups if isinstance(info.spec, ConvSpec) else 1
-        self.moment = torch.zeros(n_inputs, n_inputs, dtype=torch.float64) if self.n_groups == 1 else None
-        self.total = torch.zeros(n_inputs, dtype=torch.float64)
+        self.n_groups = count_groups(info.spec)
+        self.moment = torch.zeros(self.n_groups, n_inputs, n_inputs, dtype=torch.float64)
+        self.total = torch.zeros(self.n_groups, n_inputs, dtype=torch.float64)
         self.outer = torch.zeros(n_outputs, n_outputs, dtype=torch.float64)
         self.weight_gradients = torch.zeros(n_exact, n_outputs, n_inputs)
         self.bias_gradients = torch.zeros(n_exact, n_outputs)
         self.n_positions = self.n_gradient_positions = 0
         self.n_gradient_rows = 0
         self.by_example = n_exact > 0
-        self.max_rows = max(int(COVARIANCE_MACS / n_inputs**2), 4 * n_inputs) / max_examples
+        self.max_rows = max(_affordable_rows(self.n_groups, n_inputs), 4 * n_inputs) / max_examples
         self.generator = torch.Generator().manual_seed(seed)
         self.n_rows, self.n_before, self.with_gradients = 0, 0, False
 
@@ -40,9 +51,11 @@ class Collector:
         """The next call is for `n_rows` examples, after `n_before`."""
         self.n_rows, self.n_before, self.with_gradients = n_rows, n_before, with_gradients
 
-    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        inputs = arguments[0].detach()
-        self._add_inputs(inputs)
+    def __call__(
+        self, _module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor | None:
+        inputs = first_argument(arguments, named).detach()
+        self._add_inputs(inputs, count_positions(self.spec, output))
         if not self.with_gradients:
             return None
         if not output.requires_grad:
@@ -51,25 +64,21 @@ class Collector:
         output.register_hook(lambda gradient: self._add_gradients(inputs, gradient))  # type: ignore[no-untyped-call]
         return output
 
-    def _add_inputs(self, inputs: Tensor) -> None:
-        if self.moment is None:
-            return
+    def _add_inputs(self, inputs: Tensor, n_positions: int) -> None:
+        n_kept = min(max(1, int(self.max_rows * self.n_rows / len(inputs))), n_positions)
         for chunk in torch.split(inputs, self._chunk_size(inputs)):
-            patches = tap_patches(self.spec, chunk)
-            self.n_positions += patches.shape[0] * patches.shape[1]
-            rows, weight = self._sampled(patches, self.max_rows * self.n_rows / len(inputs))
-            self.moment += weight * (rows.T @ rows).cpu().double()
-            self.total += weight * (rows.new_ones(len(rows)) @ rows).cpu().double()
-
-    def _sampled(self, patches: Tensor, max_positions: float) -> tuple[Tensor, float]:
-        """The rows to add up, all or a random sample, and how many positions each stands for."""
-        n_positions = patches.shape[1]
-        n_kept = max(1, int(max_positions))
-        if n_kept < n_positions:
-            kept = torch.randperm(n_positions, generator=self.generator)[:n_kept].to(patches.device)
-            patches = patches[:, kept]
-        rows = patches.reshape(-1, patches.shape[-1]).float()
-        return rows, n_positions / patches.shape[1]
+            if n_kept < n_positions:
+                kept = torch.randperm(n_positions, generator=self.generator)[:n_kept]
+                index = (n_positions * torch.arange(len(chunk))[:, None] + kept).flatten().to(inputs.device)
+                patches = sampled_patches(self.spec, chunk, index).float()
+            else:
+                patches = tap_patches(self.spec, chunk).flatten(0, 1).float()
+            self.n_positions += len(chunk) * n_positions
+            weight = n_positions / n_kept
+            rows = by_group(self.spec, patches)
+            self.moment += weight * torch.bmm(rows.mT, rows).cpu().double()
+            total = patches.new_ones(1, len(patches)) @ patches
+            self.total += weight * by_group(self.spec, total)[:, 0].cpu().double()
 
     def _add_gradients(self, inputs: Tensor, gradient: Tensor) -> None:
         gradient = gradient.detach()
@@ -101,8 +110,8 @@ class Collector:
             return channels_first(self.spec, torch.bmm(gradients.transpose(1, 2), patches))
         n, positions, _ = gradients.shape
         gradients = gradients.reshape(n, positions, self.n_groups, -1)
-        patches = channels_first(self.spec, patches).reshape(n, positions, self.n_groups, -1)
-        return torch.einsum("npgt,npgd->ngtd", gradients, patches).flatten(1, 2)
+        by_groups = torch.einsum("npgt,gnpd->ngtd", gradients, by_group(self.spec, patches)).flatten(1, 2)
+        return channels_first(self.spec, by_groups)
 
     def _chunk_size(self, inputs: Tensor) -> int:
         return max(1, CHUNK_NUMBERS // max(1, inputs[0].numel() * count_taps(self.spec)))
@@ -122,16 +131,20 @@ class Collector:
             bias_gradients=self.bias_gradients[:kept] if kept else None,
         )
 
-    def _input_moments(self, name: str, n_examples: int) -> tuple[Tensor | None, Tensor | None]:
-        if self.moment is None:
-            return None, None
+    def _input_moments(self, name: str, n_examples: int) -> tuple[Tensor, Tensor]:
         if self.n_positions == 0:
             raise StudyError(f"layer {name!r} never runs on the calibration data; leave it out with Space(skip=[...])")
         mean = channels_first(self.spec, self.total) / self.n_positions
-        moment = channels_first(self.spec, channels_first(self.spec, self.moment).T)
-        covariance = (moment - self.n_positions * torch.outer(mean, mean)) / n_examples
+        moment = channels_first(self.spec, channels_first(self.spec, self.moment).mT)
+        covariance = (moment - self.n_positions * mean[:, :, None] * mean[:, None, :]) / n_examples
         _check_finite(covariance, f"layer {name!r}: its inputs on the calibration data")
-        return covariance, mean
+        return (covariance[0], mean[0]) if self.n_groups == 1 else (covariance, mean)
+
+
+def _affordable_rows(n_groups: int, n_inputs: int) -> int:
+    """Over how many positions of all examples a covariance is summed, with `n_inputs` in each of the groups."""
+    rows = int(COVARIANCE_MACS / (n_groups * n_inputs**2))
+    return rows if n_groups == 1 else min(rows, max(COVARIANCE_COPIES // (n_groups * n_inputs), 64 * n_inputs))
 
 
 def _check_finite(values: Tensor, what: str) -> None:
