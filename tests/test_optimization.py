@@ -44,7 +44,7 @@ def ran(told: Told) -> list[TrialRecord]:
 @pytest.mark.parametrize("sampler_name", SAMPLERS)
 def test_controls_come_first_then_uniform_then_prices_then_the_sampler(sampler_name: str) -> None:
     with opened() as study:
-        told = search(study, PROFILE, sampler_name=sampler_name, n_trials=12)
+        told = search(study, PROFILE, sampler_name=sampler_name, n_trials=12, n_prices=6)
         found = read_records(study)
     origins = [origin for _, origin in told.started]
     assert origins[:3] == ["dense", "int8", "uniform"]

@@ -182,14 +182,16 @@ _FIGURES: dict[str, Callable[[Row], str]] = {
     "size": lambda row: _size(row["model_bytes"]),
     "smaller": lambda row: f"{1 / row['bytes_ratio']:.2f}x",
 }
-_TEXT_COLUMNS = ("plan", "goals", "without a search", "layer", "choice", "why")
+# Columns of long cells, which wrap where the terminal is narrow, so that figures are never cut.
+_WRAPPED_COLUMNS = ("plan", "why", "mildest that is faster", "smallest", "breaks even at")
+_TEXT_COLUMNS = (*_WRAPPED_COLUMNS, "goals", "without a search", "layer", "choice")
 
 
 def _table(columns: Sequence[str], title: str) -> Table:
     table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         text = name in _TEXT_COLUMNS or name.startswith("trial ")
-        table.add_column(name, justify="left" if text else "right", no_wrap=name not in ("plan", "why"))
+        table.add_column(name, justify="left" if text else "right", no_wrap=name not in _WRAPPED_COLUMNS)
     return table
 
 

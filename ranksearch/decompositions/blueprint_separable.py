@@ -15,6 +15,7 @@ from ranksearch.decompositions.base import (
     refuse_groups,
     refuse_pointwise,
 )
+from ranksearch.decompositions.bottleneck import is_small
 from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.decompositions.matrices import balanced_pair, principal_directions, square_roots
 from ranksearch.decompositions.metric import Metric
@@ -135,7 +136,8 @@ class BlueprintSeparable(AbstractDecomposition):
         if metric is None:
             return plain
         first, last = _blueprints(by_output, metric.input)
-        fit = BlueprintFit(by_output, metric.input, first, last)
+        # On the widest layers it takes seconds and gains little.
+        fit = BlueprintFit(by_output, metric.input, first, last) if is_small(metric) else None
         return BestOf(exact, metric, BlueprintFactorisation(first, last, spec.weight_shape, fit=fit), plain)
 
 

@@ -13,6 +13,7 @@ from ranksearch.decompositions.base import (
     double_precision,
     refuse_groups,
 )
+from ranksearch.decompositions.bottleneck import is_small
 from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.decompositions.matrices import principal_directions
 from ranksearch.decompositions.metric import Metric
@@ -64,7 +65,8 @@ class GroupedSVD(AbstractDecomposition):
         if metric is None:
             return plain
         first, last = _bottlenecks(matrix, n_groups, metric)
-        fit = LastFactorFit(matrix, metric.input, first, last)
+        # On the widest layers it takes seconds and gains little: the groups' own directions are nearly the best.
+        fit = LastFactorFit(matrix, metric.input, first, last) if is_small(metric) else None
         return BestOf(exact, metric, GroupedFactorisation(first, last, spec.weight_shape, fit=fit), plain)
 
     def _groups(self, options: Options) -> int:

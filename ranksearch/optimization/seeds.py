@@ -34,8 +34,8 @@ class Seed:
 
 
 def default_n_prices(n_trials: int) -> int:
-    """Half of the trials, but six at least, and no more than twenty."""
-    return min(max(n_trials // 2, 6), 20)
+    """Two thirds of the trials, but six at least, and no more than forty."""
+    return min(max(2 * n_trials // 3, 6), 40)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
