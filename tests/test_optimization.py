@@ -74,6 +74,17 @@ def test_prices_beyond_the_first_six_fill_gaps_between_members_of_the_front() ->
         assert min(ratios) <= record.evaluation.latency_ratio + record.evaluation.bytes_ratio <= max(ratios)
 
 
+def test_gaps_between_wrecked_models_are_left_alone() -> None:
+    def wrecked(plan: Plan) -> Evaluation:
+        evaluation = MEASURED(plan)
+        return evaluation.model_copy(update={"accuracy_drop": 0.5 if plan.changes() else 0.0})
+
+    with opened() as study:
+        search(study, PROFILE, wrecked, n_trials=14, n_prices=14)
+        origins = [record.origin for record in read_records(study)]
+    assert origins.count("prices") <= 6 < len(origins)
+
+
 @pytest.mark.parametrize("sampler_name", SAMPLERS)
 def test_no_plan_runs_twice_and_every_trial_is_told(sampler_name: str) -> None:
     with opened() as study:
@@ -109,8 +120,12 @@ def test_a_study_ends_when_every_plan_was_tried() -> None:
 
 
 def test_seeds_become_the_parents_of_nsga2() -> None:
+    def mild(plan: Plan) -> Evaluation:
+        evaluation = MEASURED(plan)
+        return evaluation.model_copy(update={"accuracy_drop": 0.01 * (evaluation.accuracy_drop or 0.0)})
+
     with opened() as study:
-        search(study, PROFILE, sampler_name="nsga2", n_trials=40, n_prices=18)
+        search(study, PROFILE, mild, sampler_name="nsga2", n_trials=40, n_prices=18)
         trials = study.get_trials(deepcopy=False)
         sampler = make_sampler("nsga2", 0, len(trials), 21)
         seeds = [trial.number for trial in trials if "seed" in trial.user_attrs]

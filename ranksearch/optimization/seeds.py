@@ -10,9 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.candidates import Profile
 from ranksearch.optimization.prices import coarse_to_fine, price_sweep, refine, uniform
-from ranksearch.optimization.records import History, front
+from ranksearch.optimization.records import History, TrialRecord, front
 from ranksearch.optimization.samplers import derived_seed
 from ranksearch.optimization.space import n_plans, to_params
+from ranksearch.pareto import REFERENCE_POINT
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
@@ -34,8 +35,8 @@ class Seed:
 
 
 def default_n_prices(n_trials: int) -> int:
-    """Two thirds of the trials, but six at least, and no more than forty."""
-    return min(max(2 * n_trials // 3, 6), 40)
+    """Three quarters of the trials, but six at least, and no more than sixty."""
+    return min(max(3 * n_trials // 4, 6), 60)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,9 +99,15 @@ def next_seed(
     if left[0] < len(seeds.fixed):
         return left[0], seeds.fixed[left[0]]
     tried = [profile.indices(record.plan) for record in history.records]
-    best = [profile.indices(record.plan) for record in front(history.records, objectives)]
-    indices = refine(profile, tried, best, left[0] - len(seeds.fixed), objectives)
+    useful = [profile.indices(record.plan) for record in front(history.records, objectives) if _is_useful(record)]
+    indices = refine(profile, tried, useful, left[0] - len(seeds.fixed), objectives)
     return None if indices is None else (left[0], Seed(origin="prices", control=False, indices=indices))
+
+
+def _is_useful(record: TrialRecord) -> bool:
+    """Whether a member of the front adds to its hypervolume: between wrecked models there is no gap worth a trial."""
+    drop = None if record.evaluation is None else record.evaluation.accuracy_drop
+    return drop is not None and drop <= REFERENCE_POINT[0]
 
 
 def enqueue(study: Study, params: dict[str, int], **attributes: Any) -> None:
