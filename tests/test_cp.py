@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ranksearch.decompositions import DECOMPOSITIONS, Metric, cp_fitting
 from ranksearch.decompositions.cp import fitted_ranks
 from ranksearch.layers import ConvSpec, LayerSpec, LinearSpec
-from ranksearch.testing import check_decomposition, convolution
+from ranksearch.testing import convolution
 
 CP = DECOMPOSITIONS["cp"]
 
@@ -67,10 +67,6 @@ def spatial_kernels(draw: st.DrawFn) -> ConvSpec:
         padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
         bias=draw(st.booleans()),
     )
-
-
-def test_contract() -> None:
-    check_decomposition(CP)
 
 
 @settings(max_examples=8, deadline=None)

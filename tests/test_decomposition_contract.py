@@ -57,7 +57,7 @@ def test_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTRACTED)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(spec=conv_specs(), seed=st.integers(0, 3))
 def test_contract_on_any_convolution(name: str, spec: ConvSpec, seed: int) -> None:
     if DECOMPOSITIONS[name].refuse(spec) is None:

@@ -74,17 +74,6 @@ def test_prices_beyond_the_first_six_fill_gaps_between_members_of_the_front() ->
         assert min(ratios) <= record.evaluation.latency_ratio + record.evaluation.bytes_ratio <= max(ratios)
 
 
-def test_gaps_between_wrecked_models_are_left_alone() -> None:
-    def wrecked(plan: Plan) -> Evaluation:
-        evaluation = MEASURED(plan)
-        return evaluation.model_copy(update={"accuracy_drop": 0.5 if plan.changes() else 0.0})
-
-    with opened() as study:
-        search(study, PROFILE, wrecked, n_trials=14, n_prices=14)
-        origins = [record.origin for record in read_records(study)]
-    assert origins.count("prices") <= 6 < len(origins)
-
-
 @pytest.mark.parametrize("sampler_name", SAMPLERS)
 def test_no_plan_runs_twice_and_every_trial_is_told(sampler_name: str) -> None:
     with opened() as study:

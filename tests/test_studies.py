@@ -117,11 +117,11 @@ def test_digits_trains_once(digits: ModuleType, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_digits_reaches_its_accuracy(digits: ModuleType) -> None:
-    network = digits.load_model()
+def test_a_quarter_of_the_digits_training_is_nearly_enough(digits: ModuleType) -> None:
+    network = digits.train_network(seed=0, n_epochs=5)
     with torch.no_grad():
         right = [digits.study.score(network(images), labels) for images, labels in digits.load_data().test]
-    assert float(torch.cat(right).mean()) > 0.98
+    assert float(torch.cat(right).mean()) > 0.95
 
 
 def test_resnet20_crops_and_flips_each_image_on_its_own(resnet20: ModuleType) -> None:

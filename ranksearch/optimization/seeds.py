@@ -10,10 +10,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.candidates import Profile
 from ranksearch.optimization.prices import coarse_to_fine, price_sweep, refine, uniform
-from ranksearch.optimization.records import History, TrialRecord, front
+from ranksearch.optimization.records import History, front
 from ranksearch.optimization.samplers import derived_seed
 from ranksearch.optimization.space import n_plans, to_params
-from ranksearch.pareto import REFERENCE_POINT
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
@@ -99,15 +98,9 @@ def next_seed(
     if left[0] < len(seeds.fixed):
         return left[0], seeds.fixed[left[0]]
     tried = [profile.indices(record.plan) for record in history.records]
-    useful = [profile.indices(record.plan) for record in front(history.records, objectives) if _is_useful(record)]
-    indices = refine(profile, tried, useful, left[0] - len(seeds.fixed), objectives)
+    best = [profile.indices(record.plan) for record in front(history.records, objectives)]
+    indices = refine(profile, tried, best, left[0] - len(seeds.fixed), objectives)
     return None if indices is None else (left[0], Seed(origin="prices", control=False, indices=indices))
-
-
-def _is_useful(record: TrialRecord) -> bool:
-    """Whether a member of the front adds to its hypervolume: between wrecked models there is no gap worth a trial."""
-    drop = None if record.evaluation is None else record.evaluation.accuracy_drop
-    return drop is not None and drop <= REFERENCE_POINT[0]
 
 
 def enqueue(study: Study, params: dict[str, int], **attributes: Any) -> None:
