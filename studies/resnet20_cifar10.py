@@ -195,7 +195,7 @@ study = rs.StudySpec(
     target=rs.Target(runtime="openvino", device="cpu", batch_size=32, threads=2, precision="f32"),
     goals=rs.Goals(max_drop="1%"),
     space=rs.Space(skip=["conv1"]),  # three input channels: nothing to factor, and the first layer is the touchiest
-    # About 15 s a trial on two cores. So few steps want a small rate: at 0.02 they lose what they win.
+    # About 15 s a trial on two cores. So few steps want a small rate: at 0.1 they lose accuracy.
     recovery=rs.Recovery(steps=50, learning_rate=0.005),
     objectives=("drop", "latency", "bytes"),
     seed=0,
