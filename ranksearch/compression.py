@@ -2,60 +2,27 @@
 
 import copy
 import difflib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ranksearch.decompositions import DECOMPOSITIONS, Factorisation, Metric, check_choice
+from ranksearch.decompositions import DECOMPOSITIONS, check_choice
 from ranksearch.errors import DecompositionError, PlanError
+from ranksearch.factorisations import Factorisations
 from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec, layer_weight
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import CODE_LIMIT, activation_quantizers, observe_ranges, quantize_module
 from ranksearch.refit import refit_last_factors
 from ranksearch.spec import Batches
-from ranksearch.statistics import LayerStatistics, check_complete, check_statistics, collect, mean_change
+from ranksearch.statistics import LayerStatistics, check_complete, collect
 from ranksearch.surgery import replace_modules
 from ranksearch.trees import first_examples
 
 PLACEHOLDER_SEED = 0
 RANGE_EXAMPLES = 512
 BUILT_BITS = ((32, 32), (8, 8))
-
-
-class Factorisations:
-    """The factorisations of a model's layers, each computed once, when first asked for.
-
-    Raises StudyError where the statistics are those of another model.
-    """
-
-    def __init__(self, model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> None:
-        check_statistics(model, statistics)
-        self.statistics = statistics
-        self._model = model
-        self._known: dict[tuple[str, str, str], Factorisation] = {}
-        self._metrics: dict[str, Metric | None] = {}
-
-    def of(self, layer: str, choice: LayerChoice) -> Factorisation:
-        """The factorisation that serves `choice` at every rank. Raises DecompositionError where there is none."""
-        options = DECOMPOSITIONS[choice.decomposition].spell_out(choice.options)
-        key = (layer, choice.decomposition, json.dumps(options, sort_keys=True))
-        if key not in self._known:
-            self._known[key] = self._factorise(layer, choice)
-        return self._known[key]
-
-    def _factorise(self, layer: str, choice: LayerChoice) -> Factorisation:
-        module = self._model.get_submodule(layer)
-        spec, weight = _spec(module), layer_weight(module)
-        if layer not in self._metrics:  # one for all decompositions: it keeps the roots that it has computed
-            self._metrics[layer] = _metric(self.statistics.get(layer))
-        metric = self._metrics[layer]
-        try:
-            return DECOMPOSITIONS[choice.decomposition].factorise(weight, spec, choice.options, metric)
-        except DecompositionError as error:
-            raise DecompositionError(f"layer {layer!r}: {error}") from None
 
 
 def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
@@ -173,16 +140,6 @@ def _collect(
     return collect(model, {name: found[name] for name in specs if name in found}, calibration, loss)
 
 
-def _metric(statistics: LayerStatistics | None) -> Metric | None:
-    """What it costs to change the layer; None where nothing is known, or where no input varies: all would be free."""
-    if statistics is None or statistics.input_covariance is None or not bool(statistics.input_covariance.any()):
-        return None
-    output = statistics.output_gradient_covariance
-    return Metric(
-        input=statistics.input_covariance, output=output if output is not None and bool(output.any()) else None
-    )
-
-
 def _spec(module: nn.Module) -> LayerSpec:
     spec = layer_spec(module)
     assert spec is not None, "checked by check_plan"
@@ -222,18 +179,16 @@ def _filled(model: nn.Module, name: str, choice: LayerChoice, factorisations: Fa
         if layer._parameters.get("bias") is not None:
             built.get_parameter("bias").copy_(layer.get_parameter("bias"))
         return built
-    factorisation = factorisations.of(name, choice)
+    factors = factorisations.factors(name, choice)
     modules = list(_factor_modules(built).values())
-    for module, factor in zip(modules, factorisation.factors(choice.ranks), strict=True):
-        layer_weight(module).copy_(factor)
+    for module, weight in zip(modules, factors.weights, strict=True):
+        layer_weight(module).copy_(weight)
     bias = modules[-1].get_parameter("bias")
     if layer._parameters.get("bias") is not None:
         bias.add_(layer.get_parameter("bias"))
-    statistics = factorisations.statistics.get(name)
-    if statistics is not None and statistics.input_mean is not None:
+    if factors.mean_change is not None:
         # What the cut components give on average is a constant, which the bias can keep.
-        difference = layer_weight(layer) - factorisation.weight(choice.ranks)
-        bias.add_(mean_change(difference, statistics.input_mean).to(bias))
+        bias.add_(factors.mean_change.to(bias))
     return built
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ranksearch.compression import Factorisations, calibrate_ranges, compress, count_params, rebuild
+from ranksearch.compression import calibrate_ranges, compress, count_params, rebuild
+from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency, compare, device_lock
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan

@@ -1,25 +1,22 @@
 """Make the candidate table: predicted losses, set to scale by a measured KL, and latencies on the target."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from ranksearch.cache import Cache, content_hash
 from ranksearch.candidates import Candidate, LayerProfile, Profile
-from ranksearch.compression import Factorisations, compress, rebuild
+from ranksearch.compression import compress, rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
-from ranksearch.latency import compare
+from ranksearch.factorisations import Factorisations
+from ranksearch.layer_timing import LayerTimes
 from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating, layer_weight
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.runtimes import AbstractRuntime
 from ranksearch.scoring import output_distance
-from ranksearch.spec import Objective, Space, Target
+from ranksearch.spec import Objective, Space
 from ranksearch.statistics import predicted_loss
 from ranksearch.weights import packed_bytes
 
@@ -28,36 +25,7 @@ MAX_CANDIDATES = 12
 MAX_TIMED, RANKS_TRIED = 10, 5
 KL_BATCHES = 2
 
-# (choice) -> (latency ratio to the dense layer, the dense layer's latency in ms)
-TimeLayer = Callable[[LayerInfo, nn.Module, LayerChoice], tuple[float, float]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerTimer:
-    """Times a choice for one layer alone, interleaved with the dense layer, on random input of the layer's shape."""
-
-    runtime: AbstractRuntime
-    target: Target
-    cache: Cache
-
-    def __call__(self, info: LayerInfo, layer: nn.Module, choice: LayerChoice) -> tuple[float, float]:
-        """(latency ratio to the dense layer, the dense layer's latency in ms), from the cache where it is known."""
-        kind = type(layer).__name__
-        place = {"layer": kind, "spec": repr(info.spec), "input": info.input_shape, "choice": choice.key()}
-        key = "layer-" + content_hash(self.runtime.fingerprint(self.target), repr(self.target), place)
-        if (known := self.cache.get(key)) is not None:
-            ratio, reference_ms = json.loads(known)
-            return float(ratio), float(reference_ms)
-        dense = nn.Sequential(layer)
-        example = torch.randn(info.input_shape, generator=torch.Generator().manual_seed(0))
-        sessions = [
-            self.runtime.prepare(model.eval(), example, self.target)
-            for model in (rebuild(dense, Plan(layers={"0": choice}), self.runtime.weight_limit(self.target)), dense)
-        ]
-        candidate, reference = (session.bind(example.numpy()) for session in sessions)
-        latency = compare(candidate, reference, n_blocks=6, max_seconds=0.15, block_seconds=0.004, seed=0)
-        self.cache.put(key, json.dumps([latency.ratio, latency.reference_ms]).encode())
-        return latency.ratio, latency.reference_ms
+TimeLayer = Callable[[LayerInfo, nn.Module, Sequence[LayerChoice]], LayerTimes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,12 +69,10 @@ class ProfileMaker:
         losses = self._losses(info, kept)
         layer = self.model.get_submodule(info.name)
         alone = nn.Sequential(layer)
-        sizes = {choice: packed_bytes(rebuild(alone, Plan(layers={"0": choice}))) for choice in losses}
         worth_timing = [
-            choice
-            for group in _by_bits(losses).values()
-            for choice in self._worth_timing(info, group, kept, losses, sizes)
+            choice for group in _by_bits(losses).values() for choice in self._worth_timing(info, group, kept, losses)
         ]
+        sizes = {choice: packed_bytes(rebuild(alone, Plan(layers={"0": choice}))) for choice in worth_timing}
         ratios, dense_ms = self._times(info, layer, worth_timing)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {
             "drop": losses.__getitem__,
@@ -117,6 +83,7 @@ class ProfileMaker:
             worth_timing, kept, lambda choice: tuple(columns[objective](choice) for objective in self.objectives)
         )
         chosen = _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_CANDIDATES)
+        self._keep_factors(info.name, chosen)
         candidates = [
             Candidate(choice=choice, loss=losses[choice], latency_ms=ratios[choice] * dense_ms, n_bytes=sizes[choice])
             for choice in chosen
@@ -129,10 +96,9 @@ class ProfileMaker:
         choices: Sequence[LayerChoice],
         kept: set[LayerChoice],
         losses: Mapping[LayerChoice, float],
-        sizes: Mapping[LayerChoice, int],
     ) -> list[LayerChoice]:
-        """Of choices of the same bits those that no other beats in loss, bytes and multiply-adds, or some of them."""
-        undominated = _undominated(choices, kept, lambda c: (losses[c], sizes[c], _macs(info, c)))
+        """Of choices of the same bits those that no other beats in loss and both counts, or some of them."""
+        undominated = _undominated(choices, kept, lambda c: (losses[c], *_counts(info, c)))
         return _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_TIMED)
 
     def _times(
@@ -141,7 +107,7 @@ class ProfileMaker:
         """Each choice's latency ratio to dense, and dense's milliseconds in all its calls."""
         # Dense is timed as the others' reference, and is 1 by definition.
         timed = [choice for choice in choices if choice != DENSE] or [DENSE]
-        times = {choice: self.time_layer(info, layer, choice) for choice in timed}
+        times = self.time_layer(info, layer, timed)
         dense_ms = float(np.median([reference_ms for _, reference_ms in times.values()])) * info.n_calls
         return {**{choice: ratio for choice, (ratio, _) in times.items()}, DENSE: 1.0}, dense_ms
 
@@ -174,6 +140,12 @@ class ProfileMaker:
         for shape in _shapes(info.spec, self.space, kept):
             difference = weight - self.factorisations.of(info.name, shape).weight(shape.ranks)
             yield shape, max(predicted_loss(statistics, difference, mean_absorbed=True), 1e-12)
+
+    def _keep_factors(self, name: str, choices: Sequence[LayerChoice]) -> None:
+        """Has the factors of these choices cut and cached while the layer's factorisations are at hand."""
+        for choice in choices:
+            if choice.decomposition != "none":
+                self.factorisations.factors(name, choice)
 
     def _measured(self, name: str, choice: LayerChoice) -> float:
         """The distance of the model's outputs to dense when this layer alone is changed, in nats."""
@@ -254,7 +226,8 @@ def _scaled(layer: LayerProfile, scale: float) -> LayerProfile:
     return layer.model_copy(update={"candidates": tuple(candidates)})
 
 
-def _macs(info: LayerInfo, choice: LayerChoice) -> float:
-    """Multiply-adds of the choice for one row: a filter before timing, never a result."""
+def _counts(info: LayerInfo, choice: LayerChoice) -> tuple[float, float]:
+    """Parameters, and multiply-adds for one row: a filter before bytes and times are measured, never a result."""
     method = DECOMPOSITIONS[choice.decomposition]
-    return float(method.macs(info.spec, choice.ranks, choice.options, info.input_shape))
+    what = info.spec, choice.ranks, choice.options
+    return float(method.n_params(*what)), float(method.macs(*what, info.input_shape))

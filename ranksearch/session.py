@@ -8,13 +8,14 @@ from typing import Any
 
 from ranksearch.cache import Cache, cache_directory, write_atomically
 from ranksearch.candidates import Profile
-from ranksearch.compression import Factorisations
 from ranksearch.controls import control_plans
 from ranksearch.errors import StudyError
+from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.latency import compare, device_lock
+from ranksearch.layer_timing import LayerTimer
 from ranksearch.plan import Plan
-from ranksearch.profiling import LayerTimer, ProfileMaker
+from ranksearch.profiling import ProfileMaker
 from ranksearch.remeasure import target_record
 from ranksearch.workbench import Workbench, to_arrays
 

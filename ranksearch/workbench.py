@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ranksearch.compression import Factorisations, count_params
+from ranksearch.cache import Cache, cache_directory
+from ranksearch.compression import count_params
 from ranksearch.decompositions import get_decomposition
 from ranksearch.errors import DecompositionError, StudyError
+from ranksearch.factorisations import Factorisations
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime
 from ranksearch.scoring import Scores, same_twice, score_model
@@ -65,9 +67,9 @@ class Workbench:
         return score_model(predict, batches, self.spec.score)
 
     def factorisations(self) -> Factorisations:
-        """The factorisations of the layers, from one calibration pass."""
+        """The factorisations of the layers, from one calibration pass; the factors cut from them are kept on disk."""
         statistics = collect(self.model, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
-        return Factorisations(self.model, statistics)
+        return Factorisations(self.model, statistics, Cache(directory=cache_directory() / "factors"))
 
 
 def open_workbench(spec: StudySpec) -> Workbench:

@@ -9,7 +9,7 @@ from command_line import Commands, Searched, search_through_kills
 from tiny_study import Pairs, make_spec, split, trained
 from torch import nn
 
-from ranksearch.compression import Factorisations
+from ranksearch.factorisations import Factorisations
 from ranksearch.workbench import Workbench, open_workbench
 
 # Layers this small: a second thread waits longer than it works, above all beside other processes.
@@ -57,5 +57,5 @@ def bench(model: nn.Sequential, parts: dict[str, Pairs]) -> Workbench:
 
 @pytest.fixture(scope="session")
 def factorisations(bench: Workbench) -> Factorisations:
-    """Its layers, factored for every rank."""
-    return bench.factorisations()
+    """Its layers, factored for every rank; in memory alone, since `own_cache` has not begun yet."""
+    return Factorisations(bench.model, bench.factorisations().statistics)

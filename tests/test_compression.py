@@ -14,11 +14,12 @@ from standins import Conv1D, as_image, as_linear
 from tiny_study import INT8, SVD, Pairs, plans
 from torch import Tensor, nn
 
-from ranksearch.compression import Factorisations, check_plan, compress, count_params, rebuild
+from ranksearch.compression import check_plan, compress, count_params, rebuild
 from ranksearch.decompositions import DECOMPOSITIONS, Metric
 from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, Ranks
 from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.errors import PlanError, StudyError
+from ranksearch.factorisations import Factorisations
 from ranksearch.layers import ConvSpec, LayerSpec, compressible_layers
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import QuantizedLinear, activation_quantizers, freeze, quantized_modules

@@ -14,11 +14,11 @@ from tiny_study import INT8, Pairs, make_spec, plans
 from torch import Tensor, nn
 
 from ranksearch import controls as controls_room
-from ranksearch.compression import Factorisations
 from ranksearch.controls import control_plans, measure_controls, uniform_plan
 from ranksearch.errors import PlanError, RuntimeUnavailableError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluation, Evaluator
 from ranksearch.export import load, write_bundle
+from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json
 from ranksearch.identity import function_identity, study_identity
 from ranksearch.plan import DENSE, LayerChoice, Plan

@@ -14,7 +14,7 @@ from tiny_study import INT8, Pairs, plans
 from torch import Tensor, nn
 
 from ranksearch.cache import content_hash
-from ranksearch.compression import Factorisations, compress
+from ranksearch.compression import compress
 from ranksearch.controls import control_plans
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluator
@@ -28,6 +28,7 @@ from ranksearch.export import (
     write_bundle,
     written_aside,
 )
+from ranksearch.factorisations import Factorisations
 from ranksearch.home import read_json
 from ranksearch.plan import Plan, Provenance
 from ranksearch.verification import Check, verify_folder, verify_measured, verify_rebuilt

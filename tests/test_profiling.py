@@ -14,13 +14,15 @@ from torch import nn
 
 from ranksearch.cache import Cache
 from ranksearch.candidates import Candidate, Profile
-from ranksearch.compression import Factorisations, compress, rebuild
+from ranksearch.compression import compress, rebuild
 from ranksearch.controls import control_plans
 from ranksearch.decompositions import DECOMPOSITIONS
+from ranksearch.factorisations import Factorisations
+from ranksearch.layer_timing import LayerTimer, LayerTimes
 from ranksearch.layers import LayerInfo, LayerSpec
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.profiling import MAX_CANDIDATES, LayerTimer, ProfileMaker
+from ranksearch.profiling import MAX_CANDIDATES, ProfileMaker
 from ranksearch.scoring import output_distance
 from ranksearch.spec import Objective, Space
 from ranksearch.weights import packed_bytes
@@ -36,9 +38,9 @@ def ratio(choice: LayerChoice) -> float:
     return rank * slow * (0.5 if choice.weight_bits == 8 else 1.0)
 
 
-def by_formula(_info: LayerInfo, _layer: nn.Module, choice: LayerChoice) -> tuple[float, float]:
+def by_formula(_info: LayerInfo, _layer: nn.Module, choices: Sequence[LayerChoice]) -> LayerTimes:
     # Dense against itself is timed with noise, which must not be told as a figure.
-    return (0.9, 0.4) if choice == DENSE else (ratio(choice), 0.4)
+    return {choice: (0.9 if choice == DENSE else ratio(choice), 0.4) for choice in choices}
 
 
 def supported(spec: LayerSpec) -> tuple[tuple[int, int], ...]:
@@ -124,7 +126,7 @@ def test_latencies_are_ratios_to_dense_and_never_more_than_the_model_takes(profi
 def test_layers_that_take_longer_alone_than_the_model_are_scaled(
     bench: Workbench, factorisations: Factorisations
 ) -> None:
-    table = make(bench, factorisations, time_layer=lambda _info, _layer, choice: (ratio(choice), 5.0))
+    table = make(bench, factorisations, time_layer=lambda *given: {choice: (ratio(choice), 5.0) for choice in given[2]})
     assert sum(layer.candidates[layer.dense].latency_ms for layer in table.layers) == pytest.approx(0.95 * DENSE_MS)
     indices = [0] * len(table.layers)
     assert 0 < table.predict(indices)[1] < 1
@@ -194,11 +196,11 @@ def test_a_target_without_int8_gets_none(bench: Workbench, factorisations: Facto
 def test_whatever_the_times(data: st.DataObject, bench: Workbench, factorisations: Factorisations) -> None:
     ratios: dict[str, float] = {}
 
-    def time_layer(info: LayerInfo, _layer: nn.Module, choice: LayerChoice) -> tuple[float, float]:
-        key = info.name + choice.key()
-        if key not in ratios:
-            ratios[key] = data.draw(st.floats(0.05, 3.0))
-        return ratios[key], 0.3
+    def time_layer(info: LayerInfo, _layer: nn.Module, choices: Sequence[LayerChoice]) -> LayerTimes:
+        for key in (info.name + choice.key() for choice in choices):
+            if key not in ratios:
+                ratios[key] = data.draw(st.floats(0.05, 3.0))
+        return {choice: (ratios[info.name + choice.key()], 0.3) for choice in choices}
 
     layers = {name: info for name, info in bench.found.layers.items() if name in ("3", "8")}
     table = make(bench, factorisations, layers=layers, time_layer=time_layer)
@@ -214,8 +216,8 @@ def test_a_layer_is_timed_at_the_targets_batch_once(bench: Workbench, tmp_path: 
     assert info.input_shape[0] == bench.spec.target.batch_size
     timer = LayerTimer(runtime=bench.runtime, target=bench.spec.target, cache=Cache(directory=tmp_path))
     layer = bench.model.get_submodule("3")
-    first = timer(info, layer, INT8)
-    assert all(figure > 0 for figure in first)
-    assert timer(info, layer, INT8) == first and len(list(tmp_path.iterdir())) == 1
-    timer(info, layer, DENSE)
-    assert len(list(tmp_path.iterdir())) == 2
+    first = timer(info, layer, [INT8])
+    assert list(first) == [INT8] and all(figure > 0 for figure in first[INT8])
+    assert timer(info, layer, [INT8]) == first and len(list(tmp_path.iterdir())) == 1
+    both = timer(info, layer, [INT8, DENSE])
+    assert both[INT8] == first[INT8] and len(list(tmp_path.iterdir())) == 2

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from common import ROOT
 from torch import nn
 
-from ranksearch.compression import Factorisations
+from ranksearch.factorisations import Factorisations
 from ranksearch.layers import LayerInfo, compressible_layers
 from ranksearch.spec import Batches
 from ranksearch.statistics import collect

@@ -2,10 +2,12 @@
 
 import math
 import resource
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from decompositions_candidates import ITERATIVE, MIXTURE
 from tensorly.decomposition import parafac, partial_tucker, tensor_train
 from torch import Tensor, nn
 
-from ranksearch.compression import Factorisations
+from ranksearch.cache import Cache
 from ranksearch.decompositions import DECOMPOSITIONS, Options, Ranks
+from ranksearch.factorisations import Factorisations
 from ranksearch.layers import LayerSpec, layer_spec
 from ranksearch.plan import LayerChoice
 from ranksearch.statistics import LayerStatistics
@@ -49,15 +52,18 @@ def answer(layers: Mapping[str, nn.Module], targets: Targets, scope: str) -> tup
     jobs = list(_jobs(layers))
     torch.linalg.svd(torch.randn(64, 64))  # torch's first call loads its libraries
     warnings.simplefilter("ignore", UserWarning)  # tensorly's, of ranks above a mode's size
-    factorisations = Factorisations(nn.ModuleDict(layers), {n: _statistics(m) for n, m in layers.items()})
-    seconds = _factor(factorisations, [job for job in jobs if job.method not in ITERATIVE])
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    seconds |= _factor(factorisations, [job for job in jobs if job.method in ITERATIVE])
+    statistics = {name: _statistics(module) for name, module in layers.items()}
+    with tempfile.TemporaryDirectory() as directory:
+        # As in a study: with a cache, only the layer at hand is kept in memory.
+        factorisations = Factorisations(nn.ModuleDict(layers), statistics, Cache(directory=Path(directory)))
+        seconds = _factor(factorisations, [job for job in jobs if job.method not in ITERATIVE])
+        peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        seconds |= _factor(factorisations, [job for job in jobs if job.method in ITERATIVE])
     baseline = _baseline(layers, jobs)
     closed = sum(s for method, s in seconds.items() if method not in ITERATIVE)
     iterative = sum(s for method, s in seconds.items() if method in ITERATIVE)
-    compared = [method for method in baseline if method not in ITERATIVE]
-    ratio = sum(baseline[m] for m in compared) / sum(seconds[m] for m in compared)
+    ratio = _times_faster(seconds, baseline, list(baseline))
+    closed_ratio = _times_faster(seconds, baseline, [method for method in baseline if method not in ITERATIVE])
     n_ranks = {method: sum(len(job.ranks) for job in jobs if job.method == method) for method in seconds}
     holds = closed <= targets.seconds and iterative <= targets.iterative_seconds and peak_gib <= targets.peak_gib
     holds = holds and (targets.times_faster is None or ratio >= targets.times_faster)
@@ -66,12 +72,14 @@ def answer(layers: Mapping[str, nn.Module], targets: Targets, scope: str) -> tup
         "iterative_s": iterative,
         "peak_gib": peak_gib,
         "times_faster": ratio,
+        "closed_forms_times_faster": closed_ratio,
         "by_method_s": seconds,
         "baseline_s": baseline,
         "n_ranks": n_ranks,
     }
     lines = [
-        f"  closed forms {closed:.1f} s, iterative {iterative:.1f} s, peak {peak_gib:.2f} GiB, {ratio:.1f}x faster",
+        f"  closed forms {closed:.1f} s, iterative {iterative:.1f} s, peak {peak_gib:.2f} GiB",
+        f"  {ratio:.1f}x faster than a call per rank, the closed forms alone {closed_ratio:.1f}x",
         *(
             f"  {m:20} {n_ranks[m]:5} ranks {s:8.2f} s   baseline {baseline.get(m, math.nan):9.1f} s"
             for m, s in seconds.items()
@@ -79,7 +87,7 @@ def answer(layers: Mapping[str, nn.Module], targets: Targets, scope: str) -> tup
     ]
     counted = (
         f"{scope}; random weights and covariances, ranks in multiples of {RANK_MULTIPLE}; the peak is the process's "
-        "after the closed forms: Python, torch, weights, all covariances and all factorisations, kept; the baseline is "
+        "after the closed forms: Python, torch, weights, all covariances and a layer's factorisations; the baseline is "
         "one call without covariance per layer, options and rank, timed once per weight shape at the middle rank and "
         "multiplied by layers and ranks; methods without a baseline do not enter the ratio"
     )
@@ -89,6 +97,10 @@ def answer(layers: Mapping[str, nn.Module], targets: Targets, scope: str) -> tup
         "holds": holds,
         "scope": counted,
     }, lines
+
+
+def _times_faster(seconds: Mapping[str, float], baseline: Mapping[str, float], methods: list[str]) -> float:
+    return sum(baseline[method] for method in methods) / sum(seconds[method] for method in methods)
 
 
 def _jobs(layers: Mapping[str, nn.Module]) -> Iterator[Job]:
@@ -119,7 +131,7 @@ def _covariance(size: int) -> Tensor:
 
 
 def _factor(factorisations: Factorisations, jobs: list[Job]) -> dict[str, float]:
-    """Seconds by method; as in a study, every factorisation is kept."""
+    """Seconds by method."""
     seconds: dict[str, float] = {}
     for job in jobs:
         started = time.perf_counter()
