@@ -25,6 +25,8 @@ from ranksearch.weights import packed_bytes
 
 T = TypeVar("T")
 MAX_CALIBRATION_EXAMPLES = 1024
+# Factors of a dozen candidates per layer take a few times the model.
+MAX_FACTOR_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +71,8 @@ class Workbench:
     def factorisations(self) -> Factorisations:
         """The factorisations of the layers, from one calibration pass; the factors cut from them are kept on disk."""
         statistics = collect(self.model, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
-        return Factorisations(self.model, statistics, Cache(directory=cache_directory() / "factors"))
+        cache = Cache(directory=cache_directory() / "factors", max_bytes=MAX_FACTOR_BYTES)
+        return Factorisations(self.model, statistics, cache)
 
 
 def open_workbench(spec: StudySpec) -> Workbench:

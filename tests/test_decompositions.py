@@ -20,7 +20,7 @@ from ranksearch.decompositions import (
     check_choice,
 )
 from ranksearch.decompositions.base import n_dense_params
-from ranksearch.decompositions.matrices import eigenvectors, warn_of_the_second_solver
+from ranksearch.decompositions.matrices import NestedLeastSquares, eigenvectors, warn_of_the_second_solver
 from ranksearch.decompositions.metric import MAX_EXACT_INPUTS
 from ranksearch.decompositions.ranks import equal_share_path, geometric_spread
 from ranksearch.errors import DecompositionError
@@ -472,3 +472,40 @@ def test_multiply_adds_by_hand() -> None:
     assert DECOMPOSITIONS["spatial_svd"].macs(spec, (4,), {}, shape) == 50 * 4 * 24 + 25 * 16 * 12
     linear = LinearSpec(in_features=6, out_features=10, bias=True)
     assert DECOMPOSITIONS["svd"].macs(linear, (2,), {}, (3, 7, 6)) == 7 * 32
+
+
+@pytest.mark.parametrize("name", [name for name in DECOMPOSITIONS if name != "none"])
+def test_a_metric_that_other_methods_have_used_gives_the_same_factors(name: str) -> None:
+    spec = convolution(8, 12)
+    decomposition, ranks = DECOMPOSITIONS[name], DECOMPOSITIONS[name].rank_choices(spec, {}, 1)[-1]
+    weight, covariance, moment = random_weight(spec), smooth_covariance(spec, 0), output_moment(12, 0)
+    used = Metric(input=covariance, output=moment)
+    for other in DECOMPOSITIONS.values():
+        other.factorise(weight, spec, other.options[0], used).weight(other.rank_choices(spec, other.options[0], 1)[-1])
+    shared = decomposition.factorise(weight, spec, {}, used)
+    alone = decomposition.factorise(weight, spec, {}, Metric(input=covariance, output=moment))
+    assert torch.equal(shared.weight(ranks), alone.weight(ranks))
+
+
+def test_a_metric_forgets_a_weight_that_has_changed() -> None:
+    spec, svd = convolution(8, 12), DECOMPOSITIONS["svd"]
+    weight, metric = random_weight(spec).double(), Metric(input=smooth_covariance(spec, 0))
+    svd.factorise(weight, spec, {}, metric)
+    weight[3:] *= -2.0
+    found = svd.factorise(weight, spec, {}, metric).weight((12,))
+    torch.testing.assert_close(found, weight.float(), rtol=1e-4, atol=1e-5)
+
+
+@given(size=st.integers(1, 12), rank=st.integers(0, 12), n=st.integers(1, 12), seed=st.integers(0, 99))
+def test_one_factorisation_solves_for_every_leading_block(size: int, rank: int, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(size, max(rank, 1), generator=generator, dtype=torch.float64) * min(rank, 1)
+    wanted_x, guess = (torch.randn(3, size, generator=generator, dtype=torch.float64) for _ in range(2))
+    normal, n = samples @ samples.T, min(n, size)
+    block = normal[:n, :n]
+    wanted = wanted_x[:, :n] @ block
+    right = torch.cat((wanted, torch.zeros(3, size - n, dtype=torch.float64)), 1)
+    found = NestedLeastSquares(normal, right, guess).solve(n)
+    assert found.shape == (3, n)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found @ block, wanted, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from tensorly.decomposition import tensor_train
 from torch import Tensor
 
 from ranksearch.decompositions import DECOMPOSITIONS, Metric, Ranks
-from ranksearch.decompositions.tensor_train import balanced_chain
+from ranksearch.decompositions.tensor_train_cores import balanced_chain
 from ranksearch.layers import ConvSpec, LayerSpec, LinearSpec
 from ranksearch.testing import convolution
 

@@ -9,8 +9,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from ranksearch.decompositions.metric import Metric, cheapest
+from ranksearch.decompositions.matrices import all_finite
+from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks, equal_share_path, geometric_spread, neighbours
+from ranksearch.decompositions.weighed import WeighedWeight
 from ranksearch.errors import DecompositionError
 from ranksearch.layers import ConvSpec, LayerSpec, count_macs
 from ranksearch.plan import Option
@@ -35,29 +37,13 @@ class Factorisation(abc.ABC):
     def weight(self, ranks: Ranks) -> Tensor:
         """The weight that the factors amount to, float32, in the layer's own shape."""
 
+    def outputs(self, ranks: Ranks, inputs: Tensor) -> Tensor:
+        """What that weight gives (groups, T / groups, n), float32, for inputs (groups, inputs, n) of its rows.
 
-@final
-class BestOf(Factorisation):
-    """Of several factorisations of one weight, at each ranks the one that costs least in the metric.
-
-    The first is the one to take where they tie; the plain one belongs among them.
-    """
-
-    def __init__(self, exact: Tensor, metric: Metric, *ways: Factorisation) -> None:
-        self.exact, self.metric, self.ways = exact, metric, ways
-        self._chosen: dict[Ranks, Factorisation] = {}
-
-    def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
-        return self._best(ranks).factors(ranks)
-
-    def weight(self, ranks: Ranks) -> Tensor:
-        return self._best(ranks).weight(ranks)
-
-    def _best(self, ranks: Ranks) -> Factorisation:
-        if ranks not in self._chosen:
-            number = cheapest(self.metric, self.exact, [way.weight(ranks) for way in self.ways])
-            self._chosen[ranks] = self.ways[number]
-        return self._chosen[ranks]
+        Worth overriding where it takes less time without the whole weight.
+        """
+        rows = self.weight(ranks).flatten(1)
+        return rows.reshape(len(inputs), -1, rows.shape[1]) @ inputs
 
 
 class AbstractDecomposition(abc.ABC):
@@ -206,30 +192,30 @@ def refuse_pointwise(spec: LayerSpec) -> str | None:
     return None
 
 
-def double_precision(weight: Tensor, spec: LayerSpec, metric: Metric | None) -> tuple[Tensor, Metric | None]:
-    """Weight and metric in float64 on the weight's device.
+def double_precision(weight: Tensor, spec: LayerSpec, metric: Metric | None) -> tuple[WeighedWeight, Metric | None]:
+    """Weight and metric in float64 on the weight's device; one metric gives equal weights as one.
 
     Raises DecompositionError where shapes do not fit or a number is not finite.
     """
-    n_outputs, *rest = spec.weight_shape
-    n_inputs = math.prod(rest)
-    _check(weight, spec.weight_shape, f"{describe(spec)}: the weight")
-    exact = weight.detach().double()
+    groups, n_outputs, n_inputs = n_groups(spec), spec.weight_shape[0], math.prod(spec.weight_shape[1:])
+    _check(weight, spec.weight_shape, all_finite(weight), f"{describe(spec)}: the weight")
+    exact = weight.detach().to(torch.float64, copy=True)  # what is computed of it must not change with it
     if metric is None:
-        return exact, None
-    groups = n_groups(spec)
+        return WeighedWeight(exact, groups), None
     shape = (n_inputs, n_inputs) if groups == 1 else (groups, n_inputs, n_inputs)
-    _check(metric.input, shape, f"{describe(spec)}: the input covariance")
+    input_is_finite, output_is_finite = metric.is_finite
+    _check(metric.input, shape, input_is_finite, f"{describe(spec)}: the input covariance")
     if metric.output is not None:
-        _check(metric.output, (n_outputs, n_outputs), f"{describe(spec)}: the output gradients' covariance")
-    if metric.input.dtype is exact.dtype and metric.input.device == exact.device:
-        return exact, metric  # which keeps what it has computed
-    output = None if metric.output is None else metric.output.detach().to(exact)
-    return exact, Metric(input=metric.input.detach().to(exact), output=output)
+        what = f"{describe(spec)}: the output gradients' covariance"
+        _check(metric.output, (n_outputs, n_outputs), output_is_finite, what)
+    if metric.input.dtype is not exact.dtype or metric.input.device != exact.device:
+        output = None if metric.output is None else metric.output.detach().to(exact)
+        metric = Metric(input=metric.input.detach().to(exact), output=output)
+    return metric.weighed(exact), metric
 
 
-def _check(values: Tensor, shape: tuple[int, ...], what: str) -> None:
+def _check(values: Tensor, shape: tuple[int, ...], is_finite: bool, what: str) -> None:
     if tuple(values.shape) != shape:
         raise DecompositionError(f"{what} is {tuple(values.shape)}; it must be {shape}")
-    if not bool(values.isfinite().all()):
+    if not is_finite:
         raise DecompositionError(f"{what} holds NaN or infinity; look for them in the model and the calibration data")

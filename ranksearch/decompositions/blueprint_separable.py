@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
-    BestOf,
     Factorisation,
     Options,
     double_precision,
@@ -17,10 +16,12 @@ from ranksearch.decompositions.base import (
 )
 from ranksearch.decompositions.bottleneck import is_small
 from ranksearch.decompositions.building import chain, filtering, pointwise
-from ranksearch.decompositions.matrices import balanced_pair, principal_directions, square_roots
+from ranksearch.decompositions.matrices import NestedLeastSquares, balanced_pair, principal_directions, square_roots
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
-from ranksearch.decompositions.separable import MAX_COMPONENTS, WHITENING_RIDGE, ridge_step
+from ranksearch.decompositions.separable import MAX_COMPONENTS, SOLVING_RIDGES, WHITENING_RIDGE
+from ranksearch.decompositions.ways import BestOf, Latest
+from ranksearch.decompositions.weighed import WeighedWeight
 from ranksearch.layers import ConvSpec, LayerSpec
 
 
@@ -28,74 +29,70 @@ from ranksearch.layers import ConvSpec, LayerSpec
 class BlueprintFactorisation(Factorisation):
     """For each output, its weight (S, taps) = first (K, S)^T @ last (K, taps), most important blueprints first.
 
-    `first` is (T, K, S), `last` (T, K, taps), both float64. With `fit`, `last` is what it solves at each rank.
+    `first` is (T, K, S), `last` (T, K, taps). With `fit`, `last` is what it solves at each rank.
     """
 
     def __init__(
         self, first: Tensor, last: Tensor, shape: tuple[int, ...], *, fit: "BlueprintFit | None" = None
     ) -> None:
-        self.first, self.last, self.shape, self.fit = first, last, shape, fit
+        self.first, self.last, self.shape = first.float(), last.float(), shape
+        self._solved = None if fit is None else Latest(fit.solve)
 
     def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
         first, last = self._cut(ranks)
-        by_tap, by_input = balanced_pair(last.flatten(0, 1).T, first.flatten(0, 1))
+        # In double precision, since the squares of what inputs hardly take leave float32's range.
+        by_tap, by_input = balanced_pair(last.flatten(0, 1).T.double(), first.flatten(0, 1).double())
         n_outputs, n_inputs, *kernel = self.shape
         mixture = by_input.reshape(-1, n_inputs, *(1 for _ in kernel))
-        return mixture.float(), by_tap.T.reshape(n_outputs, -1, *kernel).float()
+        filters = by_tap.T.reshape(n_outputs, -1, *kernel)
+        return mixture.float(), filters.float()
 
     def weight(self, ranks: Ranks) -> Tensor:
         first, last = self._cut(ranks)
-        return (first.float().mT @ last.float()).reshape(self.shape)
+        return (first.mT @ last).reshape(self.shape)
 
     def _cut(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
         (rank,) = ranks
-        last = self.last[:, :rank] if self.fit is None else self.fit.solve(rank)
-        return self.first[:, :rank], last
+        return self.first[:, :rank], self.last[:, :rank] if self._solved is None else self._solved.at(ranks)
 
 
 @final
 class BlueprintFit:
     """The spatial filters that cost least in the input's metric, for the first blueprints of each output.
 
-    `weight` is (T, S, taps), `covariance` (S*taps, S*taps), `first` (T, K, S) and `last` (T, K, taps) its exact
-    factors, near which the solution stays where inputs do not tell, and which it is beyond 1,536 blueprints in all.
+    `first` is (T, K, S) and `last` (T, K, taps), the weight's exact factors, near which the solution stays where
+    inputs do not tell, and which it is beyond 1,536 blueprints in all.
     """
 
-    def __init__(self, weight: Tensor, covariance: Tensor, first: Tensor, last: Tensor) -> None:
-        self.weight, self.covariance, self.first, self.last = weight, covariance, first, last
+    def __init__(self, weighed: WeighedWeight, first: Tensor, last: Tensor) -> None:
+        self.weighed, self.first, self.last = weighed, first, last
         self.n_solved = min(MAX_COMPONENTS // len(first), first.shape[1] - 1)
-        self._solved: dict[int, Tensor] = {}
 
-    def solve(self, rank: int) -> Tensor:
-        """The spatial filters (T, rank, taps) for the first `rank` blueprints of each output."""
-        if rank > self.n_solved:
-            return self.last[:, :rank]
-        if rank not in self._solved:
-            self._solved[rank] = self._solve(rank)
-        return self._solved[rank]
-
-    def _solve(self, rank: int) -> Tensor:
-        moments, wanted = self._normal_equations
-        size = rank * self.weight.shape[2]
-        moments, guess = moments[:, :size, :size], self.last[:, :rank]
-        missing = wanted[:, None, :size] - guess.reshape(len(guess), 1, size) @ moments
-        return guess + ridge_step(moments, missing).reshape(guess.shape)
+    def solve(self, ranks: Ranks) -> Tensor:
+        """The spatial filters (T, rank, taps), float32, for the first `rank` blueprints of each output."""
+        (rank,) = ranks
+        last = self.last[:, :rank]
+        if rank <= self.n_solved:
+            last = self._equations.solve(last[0].numel()).reshape(last.shape)
+        return last.float()
 
     @cached_property
-    def _normal_equations(self) -> tuple[Tensor, Tensor]:
-        """For each output the moments (K*taps, K*taps) of its blueprints' inputs, and with the layer's output."""
-        n_outputs, n_inputs, n_taps = self.weight.shape
+    def _equations(self) -> NestedLeastSquares:
+        """For each output's filters, the taps of its first blueprint before those of the second, and so on."""
+        assert self.weighed.inputs is not None
+        (n_outputs, _, n_inputs), n_taps = self.first.shape, self.last.shape[2]
         first = self.first[:, : self.n_solved].contiguous()
-        seen = (self.weight.flatten(1) @ self.covariance).reshape(n_outputs, n_inputs, n_taps)
-        by_taps = self.covariance.reshape(n_inputs, n_taps, n_inputs, n_taps).permute(1, 3, 0, 2).contiguous()
+        seen = self.weighed.crossed.reshape(n_outputs, n_inputs, n_taps)
+        by_taps = self.weighed.inputs.reshape(n_inputs, n_taps, n_inputs, n_taps).permute(1, 3, 0, 2).contiguous()
         moments = first.new_empty(n_outputs, self.n_solved, n_taps, self.n_solved, n_taps)
         for one in range(n_taps):
             for other in range(one, n_taps):
                 between = (first @ by_taps[one, other]) @ first.mT
                 moments[:, :, one, :, other] = between
                 moments[:, :, other, :, one] = between.mT
-        size = self.n_solved * n_taps
-        return moments.reshape(n_outputs, size, size), (first @ seen).flatten(1)
+        normal = moments.flatten(3).flatten(1, 2)
+        wanted, guess = (first @ seen).flatten(1), self.last[:, : self.n_solved].flatten(1)
+        return NestedLeastSquares(normal, wanted[:, None], guess[:, None], SOLVING_RIDGES)
 
 
 @final
@@ -130,15 +127,15 @@ class BlueprintSeparable(AbstractDecomposition):
         return chain(pointwise(spec, spec.in_channels, n_filters), spatial)
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
-        by_output = exact.flatten(2)
+        weighed, metric = double_precision(weight, spec, metric)
+        by_output = weighed.weight.flatten(2)
         plain = BlueprintFactorisation(*_blueprints(by_output, None), spec.weight_shape)
         if metric is None:
             return plain
         first, last = _blueprints(by_output, metric.input)
         # On the widest layers it takes seconds and gains little.
-        fit = BlueprintFit(by_output, metric.input, first, last) if is_small(metric) else None
-        return BestOf(exact, metric, BlueprintFactorisation(first, last, spec.weight_shape, fit=fit), plain)
+        fit = BlueprintFit(weighed, first, last) if is_small(metric) else None
+        return BestOf(weighed, metric, BlueprintFactorisation(first, last, spec.weight_shape, fit=fit), plain)
 
 
 def _blueprints(weight: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The contract of every decomposition, as a check that a user's own can run too."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options
+from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, n_groups
 from ranksearch.decompositions.cases import SPECS, example_input, metrics, ranks_up_to
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
@@ -120,7 +121,16 @@ def _check_function(case: _Case, found: Factorisation, ranks: Ranks, name: str) 
         for factor in factors:
             factor.zero_()
     assert torch.equal(found.weight(ranks), weight), f"{where}: changing the factors changes weight()"
+    _check_outputs(case, found, ranks, where)
     return built.float()
+
+
+def _check_outputs(case: _Case, found: Factorisation, ranks: Ranks, where: str) -> None:
+    rows = found.weight(ranks).reshape(n_groups(case.spec), -1, math.prod(case.spec.weight_shape[1:]))
+    inputs = torch.randn(len(rows), rows.shape[2], 3, generator=torch.Generator().manual_seed(2))
+    expected = rows @ inputs
+    apart = float((found.outputs(ranks, inputs) - expected).norm() / expected.norm().clamp_min(1e-30))
+    assert apart <= ROUNDING, f"{where}: outputs() is not what weight() gives, off by {apart:.1e}"
 
 
 def _check_modules(case: _Case, plain: Factorisation, ranks: Ranks) -> None:

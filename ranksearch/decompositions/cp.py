@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
-    BestOf,
     Factorisation,
     Options,
     double_precision,
@@ -14,7 +13,7 @@ from ranksearch.decompositions.base import (
     refuse_groups,
     refuse_pointwise,
 )
-from ranksearch.decompositions.bottleneck import Roots, folding_of, is_small
+from ranksearch.decompositions.bottleneck import folding_of, is_small
 from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.decompositions.cp_columns import (
     Columns,
@@ -23,6 +22,7 @@ from ranksearch.decompositions.cp_columns import (
     max_rank,
     module_weights,
     padded,
+    patterns_of,
     weight_of,
     with_solved_outputs,
 )
@@ -30,6 +30,8 @@ from ranksearch.decompositions.cp_fitting import LeastSquares, Terms, exact_term
 from ranksearch.decompositions.matrices import square_roots
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
+from ranksearch.decompositions.ways import BestOf
+from ranksearch.decompositions.weighed import Roots, WeighedWeight
 from ranksearch.layers import ConvSpec, LayerSpec
 
 # Directions that inputs hardly take would make large factors and lose float32 digits once unwhitened.
@@ -66,6 +68,10 @@ class CPFactorisation(Factorisation):
     def weight(self, ranks: Ranks) -> Tensor:
         return weight_of(self.columns(ranks[0]), self.shape)
 
+    def outputs(self, ranks: Ranks, inputs: Tensor) -> Tensor:
+        columns = self.columns(ranks[0])
+        return columns[-1] @ (patterns_of(columns) @ inputs)
+
     def columns(self, rank: int) -> Columns:
         """The columns at this rank, float32, balanced."""
         if rank not in self._known:
@@ -92,7 +98,7 @@ class CPFactorisation(Factorisation):
         following = _next_fitted(lower)
         end = following if following <= self.most_fitted else max_rank(self.shape)
         # All the terms up to the next fit, so that those of a lower rank are among those of a higher.
-        more = leading_terms(self._target - terms.slices(), self._kernel, end - lower)
+        more = leading_terms(terms.missing(self._target), self._kernel, end - lower)
         return terms.followed_by(more, rank - lower)
 
     def _fit(self, rank: int) -> tuple[Terms, float]:
@@ -105,10 +111,10 @@ class CPFactorisation(Factorisation):
         for fitted in fitted_ranks(rank):
             if fitted <= start:
                 continue
-            residual = self._target - terms.slices()
+            residual = terms.missing(self._target)
             n_more = fitted - len(terms.strengths)
             more = leading_terms(residual, self._kernel, n_more)
-            error = max(float(residual.square().sum() - more.strengths.square().sum()), 0.0)
+            error = max(float(residual.norm().square() - more.strengths.square().sum()), 0.0)
             terms, error = solver.refine(terms.followed_by(more, n_more), error)
             if _is_power(fitted):
                 self._fits[fitted] = terms, error
@@ -125,9 +131,9 @@ class BestInMetric(Factorisation):
     cost falls there; with the last rank before each fit among the candidates it never grows with the rank.
     """
 
-    def __init__(self, exact: Tensor, metric: Metric, *ways: CPFactorisation) -> None:
-        self.shape = tuple(exact.shape)
-        self._exact, self._metric, self._ways = exact, metric, ways
+    def __init__(self, weighed: WeighedWeight, metric: Metric, *ways: CPFactorisation) -> None:
+        self.shape = tuple(weighed.weight.shape)
+        self._weighed, self._metric, self._ways = weighed, metric, ways
         self._solved: dict[int, tuple[float, Columns]] = {}
         self._known: dict[int, Columns] = {}
 
@@ -151,8 +157,8 @@ class BestInMetric(Factorisation):
     def _best(self, rank: int) -> tuple[float, Columns]:
         """The least cost of the ways at this rank, with its columns."""
         if rank not in self._solved:
-            solved = [with_solved_outputs(way.columns(rank), self._exact, self._metric) for way in self._ways]
-            costs = [self._metric.cost(self._exact - weight_of(columns, self.shape)) for columns in solved]
+            solved = [with_solved_outputs(way.columns(rank), self._weighed.weight, self._metric) for way in self._ways]
+            costs = [self._metric.cost(self._weighed.single - weight_of(columns, self.shape)) for columns in solved]
             self._solved[rank] = min(costs), solved[costs.index(min(costs))]
         return self._solved[rank]
 
@@ -185,17 +191,18 @@ class CP(AbstractDecomposition):
         return chain(pointwise(spec, spec.in_channels, rank), *filters, last)
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
+        weighed, metric = double_precision(weight, spec, metric)
         n_outputs, n_inputs, *kernel = spec.weight_shape
         # From there on the factors have more parameters than the layer.
         most_fitted = (n_dense_params(spec) - 1) // (n_outputs + n_inputs + sum(kernel))
-        plain = CPFactorisation(exact, most_fitted)
+        plain = CPFactorisation(weighed.weight, most_fitted)
         if metric is None:
             return plain
-        channels = folding_of(spec, tuple(1 for _ in kernel), tuple(kernel)).seen(metric.inputs)[0]
+        channels = weighed.seen(folding_of(spec, tuple(1 for _ in kernel), tuple(kernel)))[0]
         outputs = None if metric.output_roots is None else (metric.output_roots[0][0], metric.output_roots[1][0])
-        aware = CPFactorisation(exact, most_fitted, square_roots(channels, _RIDGE), outputs)
-        return BestInMetric(exact, metric, aware, plain) if is_small(metric) else BestOf(exact, metric, aware, plain)
+        aware = CPFactorisation(weighed.weight, most_fitted, square_roots(channels, _RIDGE), outputs)
+        best = BestInMetric if is_small(metric) else BestOf
+        return best(weighed, metric, aware, plain)
 
 
 def fitted_ranks(most: int) -> list[int]:

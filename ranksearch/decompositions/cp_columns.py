@@ -54,7 +54,7 @@ def module_weights(columns: Columns, shape: tuple[int, ...]) -> tuple[Tensor, ..
 
 def weight_of(columns: Columns, shape: tuple[int, ...]) -> Tensor:
     """The weight of this shape that the columns amount to."""
-    return (columns[-1] @ _patterns(columns)).reshape(shape)
+    return (columns[-1] @ patterns_of(columns)).reshape(shape)
 
 
 def padded(columns: Columns, rank: int) -> Columns:
@@ -72,7 +72,7 @@ def with_solved_outputs(columns: Columns, weight: Tensor, metric: Metric) -> Col
     How much each output counts makes no difference to them.
     """
     *others, output = (each.double() for each in columns)
-    patterns = _patterns((*others, output))
+    patterns = patterns_of((*others, output))
     seen = patterns @ metric.inputs[0]
     normal = seen @ patterns.T
     normal.diagonal().add_(_SOLVING_RIDGE * mean_diagonal(normal).item())
@@ -81,7 +81,7 @@ def with_solved_outputs(columns: Columns, weight: Tensor, metric: Metric) -> Col
     return balanced(torch.ones_like(output[0]), *others, output)
 
 
-def _patterns(columns: Columns) -> Tensor:
+def patterns_of(columns: Columns) -> Tensor:
     """What each term takes of the inputs (R, S * taps), in the order of `weight.flatten(1)`."""
     given, *filters, _ = columns
     kernel = filters[0] if len(filters) == 1 else taps(filters[0], filters[1])

@@ -18,7 +18,7 @@ _TOLERANCE = 1e-3
 _EXACT = 1e-20
 _OVERSAMPLING = 8
 # Sweeps go by the weights times the terms: few on the largest layers and ranks, where each takes a second.
-_SWEEPING_WORK, _RANK_OF_OVERHEAD, _FEWEST_SWEEPS, _MOST_SWEEPS = 2_500_000_000, 32, 2, 15
+_SWEEPING_WORK, _RANK_OF_OVERHEAD, _FEWEST_SWEEPS, _MOST_SWEEPS = 1_400_000_000, 32, 2, 15
 _log = logging.getLogger(__name__)
 
 
@@ -36,10 +36,10 @@ class Terms:
     rows: Tensor
     columns: Tensor
 
-    def slices(self) -> Tensor:
-        """The sum of the terms (kh * kw, T, S)."""
+    def missing(self, slices: Tensor) -> Tensor:
+        """What the sum of the terms lacks of a tensor's slices (kh * kw, T, S)."""
         left = (taps(self.rows, self.columns) * self.strengths)[:, None] * self.output
-        return left @ self.input.T
+        return torch.addmm(slices.flatten(0, 1), left.flatten(0, 1), self.input.T, alpha=-1).reshape(slices.shape)
 
     @property
     def modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -129,7 +129,8 @@ class LeastSquares:
 
     def __init__(self, slices: Tensor, kernel: tuple[int, int]) -> None:
         self.kernel, self.energy = kernel, float(slices.square().sum())
-        self._by_output, self._by_input = slices, slices.mT.contiguous()
+        self._by_output = slices
+        self._by_input = slices.permute(2, 0, 1).flatten(1)
 
     def refine(self, terms: Terms, squared_error: float) -> tuple[Terms, float]:
         """Better terms, as many, and their squared error, which is never above that of those given."""
@@ -164,7 +165,7 @@ class LeastSquares:
 
         rows, columns = self._solve_kernels((seen * output).sum(1), output, given, (rows, columns), penalty)
 
-        wanted = ((self._by_input @ output) * taps(rows, columns)[:, None]).sum(0)
+        wanted = self._by_input @ (taps(rows, columns)[:, None] * output).flatten(0, 1)
         products = _products(output, rows, columns)
         given, strengths = _solve(wanted, products, penalty)
 

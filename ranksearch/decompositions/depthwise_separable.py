@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
-    BestOf,
     Factorisation,
     Options,
     double_precision,
@@ -24,6 +23,7 @@ from ranksearch.decompositions.separable import (
     diagonal_blocks,
     whitening_roots,
 )
+from ranksearch.decompositions.ways import BestOf
 from ranksearch.layers import ConvSpec, LayerSpec
 
 
@@ -57,13 +57,14 @@ class DepthwiseSeparable(AbstractDecomposition):
         return chain(depthwise, pointwise(spec, n_filters, spec.out_channels, bias=True))
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
-        plain = GroupedFactorisation(*_filters_and_mixture(exact.flatten(2), None), spec.weight_shape)
+        weighed, metric = double_precision(weight, spec, metric)
+        by_channel = weighed.weight.flatten(2)
+        plain = GroupedFactorisation(*_filters_and_mixture(by_channel, None), spec.weight_shape)
         if metric is None:
             return plain
-        first, last = _filters_and_mixture(exact.flatten(2), metric)
-        fit = LastFactorFit(exact.flatten(1), metric.input, first, last)
-        return BestOf(exact, metric, GroupedFactorisation(first, last, spec.weight_shape, fit=fit), plain)
+        first, last = _filters_and_mixture(by_channel, metric)
+        fit = LastFactorFit(weighed, first, last)
+        return BestOf(weighed, metric, GroupedFactorisation(first, last, spec.weight_shape, fit=fit), plain)
 
 
 def _filters_and_mixture(weight: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor]:

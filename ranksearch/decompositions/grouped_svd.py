@@ -3,11 +3,11 @@
 import math
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
-    BestOf,
     Factorisation,
     Options,
     double_precision,
@@ -19,6 +19,7 @@ from ranksearch.decompositions.matrices import principal_directions
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.decompositions.separable import GroupedFactorisation, LastFactorFit, diagonal_blocks
+from ranksearch.decompositions.ways import BestOf
 from ranksearch.layers import ConvSpec, LayerSpec, LinearSpec
 
 
@@ -59,15 +60,17 @@ class GroupedSVD(AbstractDecomposition):
         return chain(first, pointwise(spec, n_groups * rank, spec.out_channels, bias=True))
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
-        matrix, n_groups = exact.flatten(1), self._groups(options)
-        plain = GroupedFactorisation(*_bottlenecks(matrix, n_groups, None), spec.weight_shape)
+        weighed, metric = double_precision(weight, spec, metric)
+        n_groups = self._groups(options)
+        plain = GroupedFactorisation(*_bottlenecks(weighed.rows[0], n_groups, None), spec.weight_shape)
         if metric is None:
             return plain
-        first, last = _bottlenecks(matrix, n_groups, metric)
+        first, last = _bottlenecks(weighed.counted[0], n_groups, metric.input)
+        if metric.output_roots is not None:
+            last = torch.einsum("ot,tgk->ogk", metric.output_roots[1][0], last)
         # On the widest layers it takes seconds and gains little: the groups' own directions are nearly the best.
-        fit = LastFactorFit(matrix, metric.input, first, last) if is_small(metric) else None
-        return BestOf(exact, metric, GroupedFactorisation(first, last, spec.weight_shape, fit=fit), plain)
+        fit = LastFactorFit(weighed, first, last) if is_small(metric) else None
+        return BestOf(weighed, metric, GroupedFactorisation(first, last, spec.weight_shape, fit=fit), plain)
 
     def _groups(self, options: Options) -> int:
         groups = self.spell_out(options)["groups"]
@@ -75,11 +78,8 @@ class GroupedSVD(AbstractDecomposition):
         return groups
 
 
-def _bottlenecks(matrix: Tensor, n_groups: int, metric: Metric | None) -> tuple[Tensor, Tensor]:
-    """Filters (g, K, d) and what they add to each output (T, g, K), exactly the matrix (T, g*d)."""
-    roots = None if metric is None else metric.output_roots
-    weighed = matrix if roots is None else roots[0][0] @ matrix
-    slices = weighed.reshape(len(matrix), n_groups, -1).transpose(0, 1)
-    directions = principal_directions(slices, None if metric is None else diagonal_blocks(metric.input, n_groups))
-    last = directions if roots is None else roots[1][0] @ directions
-    return directions.mT @ slices, last.transpose(0, 1)
+def _bottlenecks(matrix: Tensor, n_groups: int, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Filters (g, K, d) and what they add to each row (T, g, K), exactly the matrix (T, g*d)."""
+    slices = matrix.reshape(len(matrix), n_groups, -1).transpose(0, 1)
+    directions = principal_directions(slices, None if covariance is None else diagonal_blocks(covariance, n_groups))
+    return directions.mT @ slices, directions.transpose(0, 1)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
-    BestOf,
     Factorisation,
     Options,
     double_precision,
@@ -21,6 +20,7 @@ from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.decompositions.separable import GroupedFactorisation, LastFactorFit
+from ranksearch.decompositions.ways import BestOf
 from ranksearch.layers import ConvSpec, LayerSpec
 
 
@@ -51,16 +51,16 @@ class Harmonic(AbstractDecomposition):
         return chain(depthwise, pointwise(spec, n_filters, spec.out_channels, bias=True))
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
+        weighed, metric = double_precision(weight, spec, metric)
         n_inputs, *kernel = spec.weight_shape[1:]
-        patterns = cosine_patterns(kernel).to(exact)
+        patterns = cosine_patterns(kernel).to(weighed.weight)
         first = patterns.expand(n_inputs, *patterns.shape)
-        last = exact.flatten(2) @ patterns.T
+        last = weighed.weight.flatten(2) @ patterns.T
         plain = GroupedFactorisation(first, last, spec.weight_shape, fixed=True)
         if metric is None:
             return plain
-        fit = LastFactorFit(exact.flatten(1), metric.input, first, last)
-        return BestOf(exact, metric, GroupedFactorisation(first, last, spec.weight_shape, fit=fit, fixed=True), plain)
+        fit = LastFactorFit(weighed, first, last)
+        return BestOf(weighed, metric, GroupedFactorisation(first, last, spec.weight_shape, fit=fit, fixed=True), plain)
 
 
 def cosine_patterns(kernel: Sequence[int]) -> Tensor:

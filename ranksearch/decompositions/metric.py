@@ -1,14 +1,14 @@
 """What it costs to change a layer's weight, and the choice between factorisations by it."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ranksearch.decompositions.matrices import square_roots
+from ranksearch.decompositions.matrices import all_finite, square_roots, triangular_root
+from ranksearch.decompositions.weighed import WeighedWeight
 
 # Beyond so many inputs a cost is estimated on as many probes: exactly, it takes the square of the inputs.
 MAX_EXACT_INPUTS, N_PROBES = 1024, 128
@@ -52,41 +52,40 @@ class Metric:
         """
         return None if self.outputs is None else square_roots(self.outputs, ridge=1.0)
 
+    @cached_property
+    def is_finite(self) -> tuple[bool, bool]:
+        """Whether all numbers are finite, of the input's moments and of the output's."""
+        return all_finite(self.input), self.output is None or all_finite(self.output)
+
+    def weighed(self, weight: Tensor) -> WeighedWeight:
+        """A float64 weight in this metric; the last one is kept, with all that was computed of it."""
+        if not self._weighed or not torch.equal(self._weighed[0].weight, weight):
+            self._weighed[:] = [WeighedWeight(weight, len(self.inputs), self.inputs, self.output_roots)]
+        return self._weighed[0]
+
+    @cached_property
+    def _weighed(self) -> list[WeighedWeight]:
+        return []
+
     def cost(self, difference: Tensor) -> float:
         """The cost of changing the weight by `difference`, of its shape; beyond 1,024 inputs an estimate.
 
         The estimate is the same at every call, so that it tells which of two changes costs less.
         """
-        groups, n_inputs, _ = self.inputs.shape
         # Single precision is enough to choose between two candidates, and twice as fast on the largest layers.
         rows = difference.detach().flatten(1).float()
-        seen = rows.reshape(groups, -1, n_inputs) @ self._roots
-        weighed = seen if self.outputs is None else self.outputs.float() @ seen
-        return float((weighed * seen).sum())
+        return self.cost_of_outputs(rows.reshape(len(self.inputs), -1, rows.shape[1]) @ self.probes)
+
+    def cost_of_outputs(self, difference: Tensor) -> float:
+        """The cost of a change of the weight by what it makes of the probes (groups, T / groups, n), float32."""
+        weighed = difference if self.outputs is None else self.outputs.float() @ difference
+        return float((weighed * difference).sum())
 
     @cached_property
-    def _roots(self) -> Tensor:
-        """R (groups, inputs, n), float32, with R R^T the input's moment, or nearly so where n is less than inputs."""
+    def probes(self) -> Tensor:
+        """Inputs R (groups, inputs, n), float32, with R R^T their moments, or nearly so where n is below `inputs`."""
         n_inputs = self.inputs.shape[-1]
         if n_inputs <= MAX_EXACT_INPUTS:
-            return torch.stack([_root(moment) for moment in self.inputs]).float()
+            return triangular_root(self.inputs, _RIDGES).float()
         probes = torch.randn(n_inputs, N_PROBES, generator=torch.Generator().manual_seed(0)).to(self.input.device)
-        roots = torch.stack([_root(moment.float()) for moment in self.inputs])
-        return roots @ (probes / math.sqrt(N_PROBES))
-
-
-def _root(moment: Tensor) -> Tensor:
-    """A triangular root of a positive semi-definite matrix, to rounding."""
-    scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    for ridge in _RIDGES if moment.dtype is torch.float64 else _RIDGES[1:]:
-        factor: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(moment + ridge * scale * identity)
-        if not int(factor[1]):
-            return factor[0]
-    return torch.diag(moment.diagonal().clamp_min(0.0).sqrt())
-
-
-def cheapest(metric: Metric, weight: Tensor, approximations: Sequence[Tensor]) -> int:
-    """Which of the approximations of the weight costs least; the first of equals."""
-    costs = [metric.cost(weight - approximation.to(weight)) for approximation in approximations]
-    return costs.index(min(costs))
+        return triangular_root(self.inputs.float(), _RIDGES[1:]) @ (probes / math.sqrt(N_PROBES))

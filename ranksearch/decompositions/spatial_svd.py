@@ -5,8 +5,9 @@ from typing import ClassVar, final
 from torch import Tensor, nn
 
 from ranksearch.decompositions.base import AbstractDecomposition, Factorisation, Options, refuse_pointwise
-from ranksearch.decompositions.bottleneck import Folding, factorise_bottleneck, folding_of
+from ranksearch.decompositions.bottleneck import factorise_bottleneck, folding_of
 from ranksearch.decompositions.building import chain, filtering
+from ranksearch.decompositions.folding import Folding
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec

@@ -12,8 +12,9 @@ from ranksearch.decompositions.base import (
     n_groups,
     refuse_depthwise,
 )
-from ranksearch.decompositions.bottleneck import Folding, factorise_bottleneck, folding_of
+from ranksearch.decompositions.bottleneck import factorise_bottleneck, folding_of
 from ranksearch.decompositions.building import chain, filtering, pointwise
+from ranksearch.decompositions.folding import Folding
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
 from ranksearch.layers import ConvSpec, LayerSpec

@@ -1,6 +1,5 @@
 """A k x k convolution as 1 x 1, k x 1, 1 x k and 1 x 1, with fewer channels in between."""
 
-from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -8,31 +7,25 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
-    BestOf,
     Factorisation,
     Options,
     double_precision,
     refuse_groups,
     refuse_pointwise,
 )
-from ranksearch.decompositions.bottleneck import (
-    Folding,
-    LastSolver,
-    Roots,
-    folding_of,
-    is_small,
-    weighed_directions,
-    weighings,
-)
+from ranksearch.decompositions.bottleneck import MAX_REFIT_INPUTS, LastSolver, folding_of, is_small
 from ranksearch.decompositions.building import chain, filtering, pointwise
+from ranksearch.decompositions.folding import Folding
 from ranksearch.decompositions.matrices import principal_directions, square_roots
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
+from ranksearch.decompositions.tensor_train_cores import Cores, module_weights, outputs_of, padded, product, split
+from ranksearch.decompositions.ways import BestOf, Latest
+from ranksearch.decompositions.weighed import Roots, WeighedWeight, Weighing, weighed_directions
 from ranksearch.layers import ConvSpec, LayerSpec
 
 # Directions that inputs hardly take would make large factors and lose float32 digits once unwhitened.
 _RIDGE = 1e-4
-_MOST_BALANCING_STEPS, _BALANCED = 100, 1e-4
 
 
 @final
@@ -40,58 +33,90 @@ class TensorTrainFactorisation(Factorisation):
     """weight = output (T, K_3), in mode 0, and input (S, K_1), in mode 1, times a core (K_1, kh, kw, K_3).
 
     At any ranks the core's leading block is cut once more between rows and columns, by the singular vectors of its
-    unfolding, and `solve_last`, if given, solves for what follows the rows. What that gives is kept.
+    unfolding; but where neither outer mode is cut, `rows_first`, if given, is: the weight as (T * kw, K) times
+    (K, S * kh).
     """
 
-    def __init__(self, output: Tensor, core: Tensor, given: Tensor, solve_last: "LastFactors | None" = None) -> None:
-        self._output, self._core, self._input, self._solve_last = output, core, given, solve_last
-        self._known: dict[Ranks, tuple[Tensor, ...]] = {}
-
-    def solving(self, solve_last: "LastFactors") -> "TensorTrainFactorisation":
-        """This one with the last factors solved for."""
-        return TensorTrainFactorisation(self._output, self._core, self._input, solve_last)
+    def __init__(
+        self, output: Tensor, core: Tensor, given: Tensor, rows_first: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self._output, self._core, self._input, self._rows_first = output, core, given, rows_first
+        self._latest = Latest(self._cut)
 
     def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
-        first, vertical, horizontal, last = self._cut(ranks)
-        shaped = first[:, :, None, None], vertical[:, :, :, None], horizontal[:, :, None, :], last[:, :, None, None]
-        return tuple(factor.float() for factor in balanced_chain(*shaped))
+        return module_weights(*self.cut(ranks))
 
     def weight(self, ranks: Ranks) -> Tensor:
-        first, vertical, horizontal, last = self._cut(ranks)
-        columns = torch.einsum("to,omw->tmw", last, horizontal)
-        rows = torch.einsum("mih,is->msh", vertical, first)
-        return torch.einsum("tmw,msh->tshw", columns, rows).float()
+        return product(*self.cut(ranks))
 
-    def _cut(self, ranks: Ranks) -> tuple[Tensor, ...]:
-        """First (r1, S), vertical (r2, r1, kh), horizontal (r3, r2, kw) and last (T, r3)."""
-        if ranks not in self._known:
-            rank_in, rank_between, rank_out = ranks
-            vertical, horizontal = _split(self._core[:rank_in, :, :, :rank_out], rank_between)
-            cut = self._input[:, :rank_in].T, vertical, horizontal, self._output[:, :rank_out]
-            self._known[ranks] = cut if self._solve_last is None else self._solve_last(*cut)
-        return self._known[ranks]
+    def outputs(self, ranks: Ranks, inputs: Tensor) -> Tensor:
+        return outputs_of(inputs, *self.cut(ranks))
+
+    def cut(self, ranks: Ranks) -> Cores:
+        """The cores, float64, at these ranks."""
+        return self._latest.at(ranks)
+
+    def _cut(self, ranks: Ranks) -> Cores:
+        rank_in, rank_between, rank_out = ranks
+        if self._rows_first is not None and (rank_in, rank_out) == (len(self._input), len(self._output)):
+            return self._uncut_outside(*self._rows_first, rank_between)
+        vertical, horizontal = split(self._core[:rank_in, :, :, :rank_out], rank_between)
+        return self._input[:, :rank_in].T, vertical, horizontal, self._output[:, :rank_out]
+
+    def _uncut_outside(self, last: Tensor, first: Tensor, rank: int) -> Cores:
+        _, height, width, _ = self._core.shape
+        n_inputs, n_outputs = len(self._input), len(self._output)
+        vertical = first[:rank].reshape(rank, n_inputs, height)
+        horizontal = last[:, :rank].reshape(n_outputs, width, rank).transpose(1, 2)
+        return torch.eye(n_inputs).to(first), vertical, horizontal, torch.eye(n_outputs).to(last)
 
 
 @final
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LastFactors:
-    """Solves for the horizontal and last factors of a weight in the whole metric, the first two given."""
+    """Solves for the horizontal and last factors in the whole metric, the first two as a tensor train has them."""
 
-    weight: Tensor
-    metric: Metric
-    folding: Folding
-    roots: Roots | None
+    def __init__(self, start: TensorTrainFactorisation, weighed: WeighedWeight, folding: Folding, most: Ranks) -> None:
+        self.start, self.most = start, most
+        self._weighed, self._folding = weighed, folding
+        self._latest = Latest(self._solve)
 
-    def __call__(self, first: Tensor, vertical: Tensor, horizontal: Tensor, last: Tensor) -> tuple[Tensor, ...]:
-        """All four factors, of the same ranks."""
-        rank_between, rank_out = len(vertical), len(horizontal)
+    def cut(self, ranks: Ranks, roots: Roots | None) -> Cores:
+        """The cores at these ranks, the outputs of what is solved for cut in the metric of what they count."""
+        cores = first, vertical, horizontal, _ = self.start.cut(ranks)
+        if ranks == self.most:
+            return cores
+        solved, normal = self._latest.at(ranks)
+        _, rank_between, rank_out = ranks
+        project, output = weighed_directions(solved, normal, roots)
+        narrow = (project[0, :, :rank_out].T @ solved[0]).reshape(-1, rank_between, horizontal.shape[2])
+        return first, vertical, padded(narrow, 0, rank_out), padded(output[0, :, :rank_out], 1, rank_out)
+
+    def _solve(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        first, vertical, horizontal, last = self.start.cut(ranks)
         rows = torch.einsum("mih,is->msh", vertical, first).flatten(1)
         columns = torch.einsum("to,omw->twm", last, horizontal).flatten(0, 1)
-        solver = LastSolver(self.weight, columns[None], rows[None], self.folding, self.metric.inputs)
-        solved, normal = solver.solve(rank_between)
-        project, output = weighed_directions(solved, normal, self.roots)
-        narrow = (project[0, :, :rank_out].T @ solved[0]).reshape(-1, rank_between, horizontal.shape[2])
-        return first, vertical, _padded(narrow, 0, rank_out), _padded(output[0, :, :rank_out], 1, rank_out)
+        return LastSolver(self._weighed, columns[None], rows[None], self._folding).solve(len(rows))
+
+
+@final
+class SolvedTensorTrain(Factorisation):
+    """A tensor train with its last factors solved for."""
+
+    def __init__(self, last_factors: LastFactors, roots: Roots | None) -> None:
+        self._last_factors, self._roots = last_factors, roots
+        self._latest = Latest(self._cut)
+
+    def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
+        return module_weights(*self._latest.at(ranks))
+
+    def weight(self, ranks: Ranks) -> Tensor:
+        return product(*self._latest.at(ranks))
+
+    def outputs(self, ranks: Ranks, inputs: Tensor) -> Tensor:
+        return outputs_of(inputs, *self._latest.at(ranks))
+
+    def _cut(self, ranks: Ranks) -> Cores:
+        return self._last_factors.cut(ranks, self._roots)
 
 
 @final
@@ -134,97 +159,42 @@ class TensorTrain(AbstractDecomposition):
         )
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
-        plain = _cut_outer_modes(exact, spec, None)
+        weighed, metric = double_precision(weight, spec, metric)
+        plain = _cut_outer_modes(weighed, spec, Weighing.NOTHING)
         if metric is None:
             return plain
-        aware = _cut_outer_modes(exact, spec, metric)
+        aware = _cut_outer_modes(weighed, spec, Weighing.OUTPUTS)
         if not is_small(metric):
-            return BestOf(exact, metric, aware, plain)
-        kernel = exact.shape[2:]
-        folding = folding_of(spec, (kernel[0], 1), (1, kernel[1]))
-        solvers = [LastFactors(weight=exact, metric=metric, folding=folding, roots=each) for each in weighings(metric)]
-        solved = [start.solving(solver) for start in (aware, plain) for solver in solvers]
-        return BestOf(exact, metric, *solved, plain)
+            return BestOf(weighed, metric, aware, plain)
+        most, folding = self.max_ranks(spec, options), _parting_rows(spec)
+        roots = [metric.output_roots] if metric.output is None else [metric.output_roots, None]
+        last_factors = [LastFactors(start, weighed, folding, most) for start in (aware, plain)]
+        solved = [SolvedTensorTrain(each, outputs) for each in last_factors for outputs in roots]
+        return BestOf(weighed, metric, *solved, plain)
 
 
-def balanced_chain(*factors: Tensor) -> list[Tensor]:
-    """Factors (r_i+1, r_i, ...), scaled at every joint such that each channel enters as strong as it leaves.
-
-    At each joint a channel's weights on either side get the same norm. These scales are the ones at which the
-    factors' summed squares are least; alternating finds them, since the sum is convex in their logarithms.
-    """
-    energies = [_floored_energy(factor.double().square().reshape(*factor.shape[:2], -1).sum(-1)) for factor in factors]
-    squared = [torch.ones_like(energy[:, 0]) for energy in energies[:-1]]
-    outer_in, outer_out = torch.ones_like(energies[0][0]), torch.ones_like(energies[-1][:, 0])
-    for _ in range(_MOST_BALANCING_STEPS):
-        largest_change = 1.0
-        for joint in range(len(squared)):
-            before = energies[joint] @ (1 / (squared[joint - 1] if joint else outer_in))
-            ahead = squared[joint + 1] if joint + 1 < len(squared) else outer_out
-            # Channel c leaves with scale q_c and enters what follows with 1 / q_c.
-            scale = ((ahead @ energies[joint + 1]) / before).sqrt()
-            largest_change = max(largest_change, float((scale / squared[joint]).log().abs().amax().exp()))
-            squared[joint] = scale
-        if largest_change < 1 + _BALANCED:
-            break
-    scales = [outer_in, *(each.sqrt() for each in squared), outer_out]
-    return [_scaled(factor, scales[i + 1], 1 / scales[i]) for i, factor in enumerate(factors)]
-
-
-def _scaled(factor: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    taps = tuple(1 for _ in factor.shape[2:])
-    return factor * (outputs[:, None] * inputs).to(factor).reshape(len(outputs), len(inputs), *taps)
-
-
-def _floored_energy(energy: Tensor) -> Tensor:
-    return energy.clamp_min(max(float(energy.max()) * 1e-12, 1e-30))
-
-
-def _cut_outer_modes(weight: Tensor, spec: LayerSpec, metric: Metric | None) -> TensorTrainFactorisation:
-    """The full factors of a float64 weight (T, S, kh, kw), fitted in the metric if there is one."""
-    by_input = weight.transpose(0, 1).flatten(1)
-    if metric is None:
+def _cut_outer_modes(weighed: WeighedWeight, spec: LayerSpec, weighing: Weighing) -> TensorTrainFactorisation:
+    """The full factors of a weight (T, S, kh, kw), fitted in the metric as far as the weighing takes it."""
+    by_input = weighed.weight.transpose(0, 1).flatten(1)
+    if weighing is Weighing.NOTHING:
         project_in = given = principal_directions(by_input, None)
-        project_out = output = principal_directions(weight.flatten(1), None)
     else:
-        channels = folding_of(spec, (1, 1), tuple(weight.shape[2:])).seen(metric.inputs)[0]
+        channels = weighed.seen(folding_of(spec, (1, 1), spec.weight_shape[2:]))[0]
         root, inverse_root = square_roots(channels, _RIDGE)
         directions = principal_directions(root @ by_input, None)
         project_in, given = root @ directions, inverse_root @ directions
-        pair = weighed_directions(weight.flatten(1)[None], metric.inputs, metric.output_roots)
-        project_out, output = pair[0][0], pair[1][0]
-    core = torch.einsum("tshw,si,to->ihwo", weight, project_in, project_out)
-    return TensorTrainFactorisation(output, core, given)
+    project_out, output = (columns[0] for columns in weighed.outputs(weighing))
+    core = torch.einsum("tshw,si,to->ihwo", weighed.weight, project_in, project_out)
+    if weighed.inputs is None or weighed.inputs.shape[-1] <= MAX_REFIT_INPUTS:
+        return TensorTrainFactorisation(output, core, given)
+    # On wide layers the largest split takes seconds, and is known where spatial_svd is.
+    last, first = weighed.pair(_parting_rows(spec), weighing)
+    return TensorTrainFactorisation(output, core, given, (last[0], first[0]))
 
 
-def _split(core: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A core (r1, kh, kw, r3) as vertical (rank, r1, kh) and horizontal (r3, rank, kw), the best of this rank."""
-    rank_in, height, width, rank_out = core.shape
-    matrix = core.reshape(rank_in * height, width * rank_out)
-    left, right = _leading_product(matrix, rank)
-    vertical = left.T.reshape(rank, rank_in, height)
-    return vertical, right.reshape(rank, width, rank_out).permute(2, 0, 1)
-
-
-def _leading_product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """left (n, rank) and right (rank, m) whose product is the best of this rank to a matrix (n, m)."""
-    n_rows, n_columns = matrix.shape
-    if rank < min(n_rows, n_columns):
-        left = principal_directions(matrix, None)[:, :rank]
-        return left, left.T @ matrix
-    identity = torch.eye(min(n_rows, n_columns)).to(matrix)
-    left, right = (identity, matrix) if n_rows <= n_columns else (matrix, identity)
-    # More channels than there is to carry meet zeros behind, ahead of which they can still learn.
-    spare = torch.arange(rank - len(identity), device=matrix.device) % len(identity)
-    return torch.cat((left, left[:, spare]), 1), torch.cat((right, right.new_zeros(len(spare), n_columns)))
-
-
-def _padded(factor: Tensor, axis: int, rank: int) -> Tensor:
-    """The factor with zeros up to `rank` channels."""
-    shape = list(factor.shape)
-    shape[axis] = rank - shape[axis]
-    return torch.cat((factor, factor.new_zeros(shape)), axis)
+def _parting_rows(spec: LayerSpec) -> Folding:
+    height, width = spec.weight_shape[2:]
+    return folding_of(spec, (height, 1), (1, width))
 
 
 def _refuse_one_axis(spec: LayerSpec) -> str | None:

@@ -8,27 +8,20 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions.base import (
     AbstractDecomposition,
-    BestOf,
     Factorisation,
     Options,
     double_precision,
     refuse_groups,
     refuse_pointwise,
 )
-from ranksearch.decompositions.bottleneck import (
-    Folding,
-    LastSolver,
-    Roots,
-    folding_of,
-    is_small,
-    principal_pair,
-    weighed_directions,
-    weighings,
-)
+from ranksearch.decompositions.bottleneck import LastSolver, folding_of, is_small, weighings
 from ranksearch.decompositions.building import chain, filtering, pointwise
+from ranksearch.decompositions.folding import Folding
 from ranksearch.decompositions.matrices import floored
 from ranksearch.decompositions.metric import Metric
 from ranksearch.decompositions.ranks import Ranks
+from ranksearch.decompositions.ways import BestOf, Latest
+from ranksearch.decompositions.weighed import Roots, WeighedWeight, Weighing, weighed_directions
 from ranksearch.layers import ConvSpec, LayerSpec
 
 _BALANCING_STEPS = 60
@@ -57,6 +50,11 @@ class Tucker2Factorisation(Factorisation):
         narrow = torch.einsum("oi...,si->os...", core, given)
         return torch.einsum("to,os...->ts...", output, narrow)
 
+    def outputs(self, ranks: Ranks, inputs: Tensor) -> Tensor:
+        output, core, given = self._cut(ranks)
+        narrow = given.T @ inputs.reshape(len(given), -1)
+        return (output @ (core.flatten(1) @ narrow.reshape(-1, inputs.shape[-1])))[None]
+
     def _cut(self, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
         rank_out, rank_in = ranks
         return self.output[:, :rank_out], self.core[:rank_out, :rank_in], self.input[:, :rank_in]
@@ -66,25 +64,28 @@ class Tucker2Factorisation(Factorisation):
 class SequentialFactorisation(Factorisation):
     """Cuts the inputs first, solves all that follows for those that are left, and cuts the outputs of that."""
 
-    def __init__(self, solver: LastSolver, output_roots: Roots | None) -> None:
-        self._solver, self._output_roots = solver, output_roots
-        self._known: dict[int, Tucker2Factorisation] = {}
+    def __init__(self, whole: Tucker2Factorisation, solver: LastSolver, output_roots: Roots | None) -> None:
+        self._whole, self._solver, self._output_roots = whole, solver, output_roots
+        self._latest = Latest(self._given)
 
     def factors(self, ranks: Ranks) -> tuple[Tensor, ...]:
-        return self._given(ranks[1]).factors(ranks)
+        return self._latest.at(ranks[1:]).factors(ranks)
 
     def weight(self, ranks: Ranks) -> Tensor:
-        return self._given(ranks[1]).weight(ranks)
+        return self._latest.at(ranks[1:]).weight(ranks)
 
-    def _given(self, rank_in: int) -> Tucker2Factorisation:
+    def outputs(self, ranks: Ranks, inputs: Tensor) -> Tensor:
+        return self._latest.at(ranks[1:]).outputs(ranks, inputs)
+
+    def _given(self, ranks_in: Ranks) -> Tucker2Factorisation:
         """The factors at this input rank and every output rank."""
-        if rank_in not in self._known:
-            solved, normal = self._solver.solve(rank_in)
-            project, output = weighed_directions(solved, normal, self._output_roots)
-            core = (project.mT @ solved).reshape(-1, rank_in, *self._solver.folding.last_kernel)
-            given = self._solver.first[0, :rank_in].T
-            self._known[rank_in] = _single(output[0], core, given)
-        return self._known[rank_in]
+        (rank_in,) = ranks_in
+        if rank_in == self._solver.folding.max_rank:
+            return self._whole
+        solved, normal = self._solver.solve(rank_in)
+        project, output = weighed_directions(solved, normal, self._output_roots)
+        core = (project.mT @ solved).reshape(-1, rank_in, *self._solver.folding.last_kernel)
+        return _single(output[0], core, self._solver.first[0, :rank_in].T)
 
 
 @final
@@ -118,29 +119,29 @@ class Tucker2(AbstractDecomposition):
         )
 
     def factorise(self, weight: Tensor, spec: LayerSpec, options: Options, metric: Metric | None) -> Factorisation:
-        exact, metric = double_precision(weight, spec, metric)
-        plain = _hosvd(exact, spec, None, None)
+        weighed, metric = double_precision(weight, spec, metric)
+        plain = _hosvd(weighed, spec, Weighing.NOTHING)
         if metric is None:
             return plain
         aware = _sequential if is_small(metric) else _hosvd
-        return BestOf(exact, metric, *(aware(exact, spec, metric, roots) for roots in weighings(metric)), plain)
+        return BestOf(weighed, metric, *(aware(weighed, spec, weighing) for weighing in weighings(metric)), plain)
 
 
-def _hosvd(weight: Tensor, spec: LayerSpec, metric: Metric | None, roots: Roots | None) -> Tucker2Factorisation:
-    """The full factors of a float64 weight, both modes of it cut alone."""
+def _hosvd(weighed: WeighedWeight, spec: LayerSpec, weighing: Weighing) -> Tucker2Factorisation:
+    """The full factors, both modes of the weight cut alone."""
     folding = _cutting_inputs(spec)
-    last, first = principal_pair(weight, folding, None if metric is None else folding.seen(metric.inputs), roots)
-    project, output = weighed_directions(weight.flatten(1)[None], None if metric is None else metric.inputs, roots)
-    n_outputs, rank_in = len(weight), first.shape[1]
-    taps = last.reshape(n_outputs, -1, rank_in).transpose(1, 2)
-    core = torch.einsum("to,tik->oik", project[0], taps).reshape(-1, rank_in, *folding.last_kernel)
+    last, first = weighed.pair(folding, weighing)
+    project, output = weighed.outputs(weighing)
+    taps = last.reshape(len(weighed.weight), -1, first.shape[1]).transpose(1, 2)
+    core = torch.einsum("to,tik->oik", project[0], taps).reshape(-1, first.shape[1], *folding.last_kernel)
     return _single(output[0], core, first[0].T)
 
 
-def _sequential(weight: Tensor, spec: LayerSpec, metric: Metric, roots: Roots | None) -> SequentialFactorisation:
+def _sequential(weighed: WeighedWeight, spec: LayerSpec, weighing: Weighing) -> SequentialFactorisation:
     folding = _cutting_inputs(spec)
-    pair = principal_pair(weight, folding, folding.seen(metric.inputs), roots)
-    return SequentialFactorisation(LastSolver(weight, *pair, folding, metric.inputs), roots)
+    roots = weighed.output_roots if weighing is Weighing.OUTPUTS else None
+    solver = LastSolver(weighed, *weighed.pair(folding, weighing), folding)
+    return SequentialFactorisation(_hosvd(weighed, spec, weighing), solver, roots)
 
 
 def _cutting_inputs(spec: LayerSpec) -> Folding:
