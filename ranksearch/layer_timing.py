@@ -57,7 +57,7 @@ class LayerTimer:
             return float(ratio), float(reference_ms)
         model = rebuild(alone, Plan(layers={"0": choice}), self.runtime.weight_limit(self.target))
         candidate = self._bind(model, example)
-        latency = compare(candidate, dense(), n_blocks=6, max_seconds=0.15, block_seconds=0.004, seed=0)
+        latency = compare(candidate, dense(), n_blocks=6, max_seconds=0.1, block_seconds=0.003, seed=0)
         self.cache.put(key, json.dumps([latency.ratio, latency.reference_ms]).encode())
         return latency.ratio, latency.reference_ms
 

@@ -69,8 +69,9 @@ class ProfileMaker:
         losses = self._losses(info, kept)
         layer = self.model.get_submodule(info.name)
         alone = nn.Sequential(layer)
+        counts = {choice: _counts(info, choice) for choice in dict.fromkeys(_in_float(choice) for choice in losses)}
         worth_timing = [
-            choice for group in _by_bits(losses).values() for choice in self._worth_timing(info, group, kept, losses)
+            choice for group in _by_bits(losses).values() for choice in _worth_timing(group, kept, losses, counts)
         ]
         sizes = {choice: packed_bytes(rebuild(alone, Plan(layers={"0": choice}))) for choice in worth_timing}
         ratios, dense_ms = self._times(info, layer, worth_timing)
@@ -89,17 +90,6 @@ class ProfileMaker:
             for choice in chosen
         ]
         return tuple(sorted(candidates, key=lambda candidate: (candidate.latency_ms, candidate.loss)))
-
-    def _worth_timing(
-        self,
-        info: LayerInfo,
-        choices: Sequence[LayerChoice],
-        kept: set[LayerChoice],
-        losses: Mapping[LayerChoice, float],
-    ) -> list[LayerChoice]:
-        """Of choices of the same bits those that no other beats in loss and both counts, or some of them."""
-        undominated = _undominated(choices, kept, lambda c: (losses[c], *_counts(info, c)))
-        return _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_TIMED)
 
     def _times(
         self, info: LayerInfo, layer: nn.Module, choices: Sequence[LayerChoice]
@@ -129,7 +119,7 @@ class ProfileMaker:
         any_quantized = any(choice.weight_bits == 8 for choice in choices)
         quantization_loss = self._measured(info.name, _with_bits(DENSE, (8, 8))) if any_quantized else 0.0
         return {
-            choice: floats[_with_bits(choice, (32, 32))] + (quantization_loss if choice.weight_bits == 8 else 0.0)
+            choice: floats[_in_float(choice)] + (quantization_loss if choice.weight_bits == 8 else 0.0)
             for choice in choices
         }
 
@@ -167,7 +157,7 @@ class ProfileMaker:
 
 def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[LayerChoice]:
     """The float choices that shrink a layer: a spread of ranks per decomposition, and those that must be kept."""
-    shapes = {_with_bits(choice, (32, 32)) for choice in kept if choice.decomposition != "none"}
+    shapes = {_in_float(choice) for choice in kept if choice.decomposition != "none"}
     for name in space.decompositions:
         method = DECOMPOSITIONS[name]
         if name == "none" or method.refuse(spec) is not None:
@@ -182,6 +172,10 @@ def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[Layer
 
 def _with_bits(choice: LayerChoice, bits: tuple[int, int]) -> LayerChoice:
     return choice.model_copy(update={"weight_bits": bits[0], "activation_bits": bits[1]})
+
+
+def _in_float(choice: LayerChoice) -> LayerChoice:
+    return _with_bits(choice, (32, 32))
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -202,6 +196,17 @@ def _by_bits(choices: Iterable[LayerChoice]) -> dict[str, list[LayerChoice]]:
     for choice in choices:
         groups.setdefault(choice.bits, []).append(choice)
     return groups
+
+
+def _worth_timing(
+    choices: Sequence[LayerChoice],
+    kept: set[LayerChoice],
+    losses: Mapping[LayerChoice, float],
+    counts: Mapping[LayerChoice, tuple[float, float]],
+) -> list[LayerChoice]:
+    """Of choices of the same bits those that no other beats in loss and both counts, or some of them."""
+    undominated = _undominated(choices, kept, lambda choice: (losses[choice], *counts[_in_float(choice)]))
+    return _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_TIMED)
 
 
 def _undominated(

@@ -63,7 +63,7 @@ def _line_of_script(error: Exception) -> str | None:
 
 @app.command("demo")
 def demo_command(
-    trials: Annotated[int, typer.Option(help="How many plans to try.")] = 24,
+    trials: Annotated[int, typer.Option(help="How many plans to try.")] = 28,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the best plan is exported.")] = Path(
         "digits-best"
     ),

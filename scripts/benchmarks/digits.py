@@ -33,7 +33,7 @@ MAX_DROP = 0.01
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=28)
     arguments = parser.parse_args()
     if arguments.quick:
         scope = "digits, no search: uniform Tucker-2 in 8 bits on a briefly trained network, validation data"
