@@ -89,15 +89,18 @@ class Judge:
 
     def figures(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
         """Latency as the front's columns, and the drops on the runtime: `runtime_*` on validation, `test_*` on test."""
+        figures = {**self.latency(session, dense_latency_ms), **self.accuracy(session, "validation", "runtime_")}
+        if self.bench.data.test is not None:
+            figures |= self.accuracy(session, "test", "test_")
+        return figures
+
+    def latency(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
+        """The session's latency, interleaved with dense."""
         bench = self.bench
         run = session.bind(to_arrays(bench.example))
         with device_lock(bench.spec.target):
             latency = compare(run, bench.dense.run, n_blocks=40, max_seconds=self.max_seconds, seed=bench.spec.seed)
-        figures: Figures = dict(latency_columns(latency, dense_latency_ms))
-        figures |= self.accuracy(session, "validation", "runtime_")
-        if bench.data.test is not None:
-            figures |= self.accuracy(session, "test", "test_")
-        return figures
+        return dict(latency_columns(latency, dense_latency_ms))
 
     def accuracy(self, session: AbstractSession, split: str, prefix: str) -> Figures:
         """The session's score on a split, and its paired drop against dense on the same runtime."""

@@ -1,7 +1,8 @@
 """Check that an export folder does what it claims: alone, and with the study it came from."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from ranksearch.workbench import Workbench, to_arrays
 
 # On a machine that others share a ratio may move by this much between two processes.
 LATENCY_TOLERANCE = 0.15
+# Whoever is busy beside it slows a small plan more than dense: a claim is false only if it fails each time.
+LATENCY_ATTEMPTS = 3
 SCORE_TOLERANCE = 0.01
 ELSEWHERE = "another machine or version than that of the study"
 
@@ -139,11 +142,17 @@ def verify_measured(directory: Path, bench: Workbench, max_seconds: float = MAX_
         yield Check(name="the study's target is the folder's", holds=False, found=found)
         return
     claimed = record["measured"]
-    session = bench.runtime.open(directory / record["artefact"], bench.spec.target)
-    figures = Judge(bench, max_seconds).figures(session, claimed["dense_latency_ms"])
-    yield _check_drop(figures, claimed)
+    judge = Judge(bench, max_seconds)
+    open_anew = partial(bench.runtime.open, directory / record["artefact"], bench.spec.target)
+    yield _check_drop(judge.accuracy(open_anew(), "validation", "runtime_"), claimed)
     same_machine = bench.runtime.fingerprint(bench.spec.target) == record["fingerprint"]
-    yield _check_latency(figures, claimed, same_machine)
+    checks: list[Check] = []
+    while len(checks) < LATENCY_ATTEMPTS and not any(check.holds for check in checks):
+        # Opened anew: where its memory lies makes a difference too.
+        figures = judge.latency(open_anew(), claimed["dense_latency_ms"])
+        checks.append(_check_latency(figures, claimed, same_machine))
+    times = f", measured {len(checks)} times" if len(checks) > 1 else ""
+    yield replace(checks[-1], found=checks[-1].found + times)
 
 
 def _check_drop(figures: Mapping[str, Any], claimed: Mapping[str, Any]) -> Check:

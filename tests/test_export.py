@@ -31,6 +31,7 @@ from ranksearch.export import (
 from ranksearch.factorisations import Factorisations
 from ranksearch.home import read_json
 from ranksearch.plan import Plan, Provenance
+from ranksearch.remeasure import Judge
 from ranksearch.verification import Check, verify_folder, verify_measured, verify_rebuilt
 from ranksearch.weights import packed_bytes
 from ranksearch.workbench import Workbench
@@ -230,6 +231,25 @@ def test_a_false_claim_fails_its_check_alone(
     folder = exported(tmp_path / "out")
     claim(folder, **claims)
     assert failed(verified(folder, bench)) == [check]
+
+
+@pytest.mark.parametrize(("n_disturbed", "holds"), [(0, True), (1, True), (2, True), (3, False)])
+def test_a_latency_is_false_only_where_it_fails_each_time(
+    n_disturbed: int, holds: bool, exported: Any, bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported(tmp_path / "out")
+    claim(folder, ratio_high=10.0)
+    disturbed = iter([True] * n_disturbed)
+    measured = Judge.latency
+
+    def latency(judge: Judge, *given: Any) -> dict[str, Any]:
+        slower = 1000.0 if next(disturbed, False) else 1.0
+        return {name: slower * figure for name, figure in measured(judge, *given).items()}
+
+    monkeypatch.setattr(Judge, "latency", latency)
+    check = list(verify_measured(folder, bench, 0.1))[-1]
+    assert check.name == "the latency is as claimed" and check.holds == holds
+    assert ("measured" in check.found) == (n_disturbed > 0)
 
 
 def test_another_model_another_target_and_no_folder(exported: Any, bench: Workbench, tmp_path: Path) -> None:
