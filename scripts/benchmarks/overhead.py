@@ -46,7 +46,7 @@ class Stopwatch:
 
 def main() -> None:
     arguments = options(__doc__ or "").parse_args()
-    studies = {"digits": 3 if arguments.quick else 24}
+    studies = {"digits": 3 if arguments.quick else 28}
     if os.environ.get("RANKSEARCH_DATA") and not arguments.quick:
         studies["resnet20_cifar10"] = 4
     lines, figures, holds = [], {}, True
