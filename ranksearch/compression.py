@@ -101,7 +101,7 @@ def compress(
         raise PlanError("8-bit activations need calibration data: pass calibration=, batches of (inputs, targets)")
     if factorisations is None:
         known = _collect(model, specs, calibration, loss) if statistics is None else statistics
-        factorisations = Factorisations(model, known)
+        factorisations = Factorisations(model, known, only_last=True)
         if statistics is not None:
             factored = [name for name, choice in plan.changes().items() if choice.decomposition != "none"]
             check_complete(statistics, factored)

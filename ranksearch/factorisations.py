@@ -38,23 +38,31 @@ class Factors:
 class Factorisations:
     """The factorisations of a model's layers, each computed when first asked for.
 
-    Without a cache all of them are kept. With one, factors are kept on disk under what they were made from, and in
-    memory only the factorisations of the layer last asked for: those of every layer at once can take ten times the
-    model. Raises StudyError where the statistics are those of another model.
+    With a cache, the factors that are cut from them are kept on disk under what they were made from. With
+    `only_last`, memory keeps the factorisations of the layer last asked for alone: those of every layer at once can
+    take ten times the model. Raises StudyError where the statistics are those of another model.
     """
 
-    def __init__(self, model: nn.Module, statistics: Mapping[str, LayerStatistics], cache: Cache | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Mapping[str, LayerStatistics],
+        cache: Cache | None = None,
+        *,
+        only_last: bool = False,
+    ) -> None:
         check_statistics(model, statistics)
         self.statistics = statistics
         self._model = model
         self._cache = cache
+        self._only_last = only_last
         self._layers: dict[str, _Layer] = {}
         self._hashes: dict[str, str] = {}
 
     def of(self, layer: str, choice: LayerChoice) -> Factorisation:
         """The factorisation that serves `choice` at every rank. Raises DecompositionError where there is none."""
         if layer not in self._layers:
-            if self._cache is not None:
+            if self._only_last:
                 self._layers.clear()
             self._layers[layer] = _Layer(layer, self._model.get_submodule(layer), self.statistics.get(layer))
         return self._layers[layer].factorisation(choice)

@@ -72,7 +72,7 @@ class Workbench:
         """The factorisations of the layers, from one calibration pass; the factors cut from them are kept on disk."""
         statistics = collect(self.model, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
         cache = Cache(directory=cache_directory() / "factors", max_bytes=MAX_FACTOR_BYTES)
-        return Factorisations(self.model, statistics, cache)
+        return Factorisations(self.model, statistics, cache, only_last=True)
 
 
 def open_workbench(spec: StudySpec) -> Workbench:

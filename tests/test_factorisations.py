@@ -135,14 +135,14 @@ def test_a_method_whose_source_is_not_there_is_not_kept_on_disk(
     assert counted.count == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_with_a_cache_only_the_last_layer_is_kept_in_memory(cached: bool, counted: CountedSVD, tmp_path: Path) -> None:
+@pytest.mark.parametrize("only_last", [False, True])
+def test_memory_keeps_every_layer_or_the_last(only_last: bool, counted: CountedSVD) -> None:
     model = network()
-    factorisations = Factorisations(model, statistics_of(model), Cache(directory=tmp_path) if cached else None)
+    factorisations = Factorisations(model, statistics_of(model), only_last=only_last)
     first = factorisations.of("0", CHOICE)
     assert factorisations.of("0", CHOICE) is first
     factorisations.of("3", CHOICE)
-    assert (factorisations.of("0", CHOICE) is first) == (not cached)
+    assert (factorisations.of("0", CHOICE) is first) == (not only_last)
 
 
 @settings(max_examples=10, deadline=None)

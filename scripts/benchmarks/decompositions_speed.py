@@ -2,12 +2,10 @@
 
 import math
 import resource
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from decompositions_candidates import ITERATIVE, MIXTURE
 from tensorly.decomposition import parafac, partial_tucker, tensor_train
 from torch import Tensor, nn
 
-from ranksearch.cache import Cache
 from ranksearch.decompositions import DECOMPOSITIONS, Options, Ranks
 from ranksearch.factorisations import Factorisations
 from ranksearch.layers import LayerSpec, layer_spec
@@ -53,12 +50,10 @@ def answer(layers: Mapping[str, nn.Module], targets: Targets, scope: str) -> tup
     torch.linalg.svd(torch.randn(64, 64))  # torch's first call loads its libraries
     warnings.simplefilter("ignore", UserWarning)  # tensorly's, of ranks above a mode's size
     statistics = {name: _statistics(module) for name, module in layers.items()}
-    with tempfile.TemporaryDirectory() as directory:
-        # As in a study: with a cache, only the layer at hand is kept in memory.
-        factorisations = Factorisations(nn.ModuleDict(layers), statistics, Cache(directory=Path(directory)))
-        seconds = _factor(factorisations, [job for job in jobs if job.method not in ITERATIVE])
-        peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        seconds |= _factor(factorisations, [job for job in jobs if job.method in ITERATIVE])
+    factorisations = Factorisations(nn.ModuleDict(layers), statistics, only_last=True)  # as in a study
+    seconds = _factor(factorisations, [job for job in jobs if job.method not in ITERATIVE])
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds |= _factor(factorisations, [job for job in jobs if job.method in ITERATIVE])
     baseline = _baseline(layers, jobs)
     closed = sum(s for method, s in seconds.items() if method not in ITERATIVE)
     iterative = sum(s for method, s in seconds.items() if method in ITERATIVE)
