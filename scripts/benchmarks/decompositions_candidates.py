@@ -1,6 +1,7 @@
 """Every layer's candidates with their parameters, multiply-adds and predicted loss, as the profile predicts it."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ def candidates(subject: Subject, multiple: int, *, fine: bool) -> dict[str, list
     found = {}
     for name, info in subject.layers.items():
         choices = list(_choices(info.spec, multiple, fine=fine))
+        print(f"{subject.name}: {len(choices)} candidates of {name}", file=sys.stderr)
         raw = {choice: _closed_form(subject, name, choice) for choice in choices}
         scale = _scale(subject, name, raw)
         dense = Candidate(choice=DENSE, loss=0.0, n_params=n_dense_params(info.spec), macs=info.macs)

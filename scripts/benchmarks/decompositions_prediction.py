@@ -1,5 +1,6 @@
 """Prediction: does the sum of the layers' predicted losses order whole plans as their measured loss does?"""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ BAND = 0.05  # of the dense multiply-adds: within 2.5 % of its middle
 SMALLEST_BAND = 15
 N_BATCHNORM, N_HELD_OUT, N_MEASURED = 1024, 256, 1000
 CLOSE_ENOUGH, MAX_STEPS = 0.005, 2000
+TELL_EVERY = 20  # plans
 Floats = NDArray[np.float64]
 
 
@@ -97,6 +99,11 @@ def _measure(subject: Subject, n_plans: int, multiple: int) -> tuple[Floats, Flo
         reestimate_batchnorm(*norms, n_examples=N_BATCHNORM, n_held_out=N_HELD_OUT)
         measured = measured_kl(model, inputs, dense_outputs, subject.loss)
         rows.append((sum(c.macs for c in chosen) / dense_macs, sum(c.loss for c in chosen), measured))
+        if len(rows) % TELL_EVERY == 0:
+            _, predicted, losses = np.array(rows, dtype=np.float64).T
+            print(
+                f"{subject.name}: {len(rows)} of {n_plans}, {spearman(predicted, losses):.3f} so far", file=sys.stderr
+            )
     ratios, predicted, losses = np.array(rows, dtype=np.float64).T
     return ratios, predicted, losses
 
