@@ -1,13 +1,21 @@
 """The candidate table: per layer and choice its predicted loss, its latency on the target, its bytes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ranksearch.errors import StudyError
+from ranksearch.latency_model import LatencyModel
 from ranksearch.plan import DENSE, LayerChoice, Plan
+
+# Beside the controls so many random plans are timed whole, which draw from this share of each layer's candidates.
+N_RANDOM_PLANS, WINDOW = 6, 0.5
+
+# A plan's latency over dense's.
+TimePlan = Callable[[Plan], float]
 
 
 class Candidate(BaseModel):
@@ -43,13 +51,17 @@ class LayerProfile(BaseModel):
 
 
 class Profile(BaseModel):
-    """The candidate table of a study, with the dense model's own figures on the target."""
+    """The candidate table of a study, with the dense model's own figures on the target.
+
+    `latency_model` makes a plan's latency out of its layers'.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[LayerProfile, ...]
     dense_latency_ms: float
     dense_bytes: int
+    latency_model: LatencyModel = LatencyModel()
 
     def plan(self, indices: Sequence[int]) -> Plan:
         """The plan that takes candidate `indices[i]` for the i-th layer."""
@@ -67,13 +79,23 @@ class Profile(BaseModel):
         """Predicted (loss, latency ratio, bytes ratio): sums over the layers, the rest of the model as in dense."""
         chosen = [layer.candidates[i] for layer, i in zip(self.layers, indices, strict=True)]
         dense = [layer.candidates[layer.dense] for layer in self.layers]
-        saved_ms = sum(d.latency_ms - c.latency_ms for d, c in zip(dense, chosen, strict=True))
         saved_bytes = sum(d.n_bytes - c.n_bytes for d, c in zip(dense, chosen, strict=True))
         return (
             sum(candidate.loss for candidate in chosen),
-            1 - saved_ms / self.dense_latency_ms,
+            self.latency_model.predict(self.summed_latency(indices)),
             1 - saved_bytes / self.dense_bytes,
         )
+
+    def summed_latency(self, indices: Sequence[int]) -> float:
+        """What the layers' figures alone say of a plan's latency over dense's, the rest of the model as in dense."""
+        chosen = [layer.candidates[i] for layer, i in zip(self.layers, indices, strict=True)]
+        dense = [layer.candidates[layer.dense] for layer in self.layers]
+        return 1 - sum(d.latency_ms - c.latency_ms for d, c in zip(dense, chosen, strict=True)) / self.dense_latency_ms
+
+    def corrected(self, plans: Sequence[Sequence[int]], ratios: Sequence[float]) -> Self:
+        """The same table, its latency model fitted to these plans' measured latency ratios as well."""
+        sums = [self.summed_latency(indices) for indices in plans]
+        return self.model_copy(update={"latency_model": self.latency_model.with_measured(sums, ratios)})
 
     def to_json(self) -> str:
         """The table as JSON; from_json gives it back, equal."""
@@ -90,3 +112,33 @@ class Profile(BaseModel):
     def hash(self) -> str:
         """Sixteen hex digits of the SHA-256 of the table."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def fit_latency(profile: Profile, controls: Sequence[Plan], time_plan: TimePlan, seed: int = 0) -> Profile:
+    """The profile with its latency model fitted to whole plans, timed: the controls, and random ones.
+
+    The layers' latencies become what each takes of the model's, so that the line's slope is 1 from then on.
+    """
+    plans = [profile.indices(plan) for plan in controls] + spread_plans(profile, N_RANDOM_PLANS, seed)
+    dense = tuple(layer.dense for layer in profile.layers)
+    timed = [indices for indices in dict.fromkeys(plans) if indices != dense]
+    ratios = [1.0, *(time_plan(profile.plan(indices)) for indices in timed)]
+    slope = profile.corrected([dense, *timed], ratios).latency_model.slope
+    scaled = profile.model_copy(update={"layers": tuple(_scaled(layer, slope) for layer in profile.layers)})
+    return scaled.corrected([dense, *timed], ratios)
+
+
+def spread_plans(profile: Profile, n: int, seed: int) -> list[tuple[int, ...]]:
+    """`n` random plans from mostly fast candidates to mostly slow ones."""
+    random = np.random.default_rng(seed)
+    plans = []
+    for place in np.linspace(0, 1, n):
+        sizes = np.array([len(layer.candidates) for layer in profile.layers])
+        shares = place * (1 - WINDOW) + WINDOW * random.random(len(sizes))
+        plans.append(tuple(int(i) for i in np.minimum(shares * sizes, sizes - 1)))
+    return plans
+
+
+def _scaled(layer: LayerProfile, scale: float) -> LayerProfile:
+    candidates = (c.model_copy(update={"latency_ms": c.latency_ms * scale}) for c in layer.candidates)
+    return layer.model_copy(update={"candidates": tuple(candidates)})

@@ -13,7 +13,18 @@ from ranksearch.errors import DecompositionError, PlanError
 from ranksearch.factorisations import Factorisations
 from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec, layer_weight
 from ranksearch.plan import LayerChoice, Plan
-from ranksearch.quantization import CODE_LIMIT, activation_quantizers, observe_ranges, quantize_module
+from ranksearch.quantization import (
+    CODE_LIMIT,
+    RoundedOutputs,
+    SharedTensors,
+    activation_quantizers,
+    observe_ranges,
+    quantize_module,
+    quantized_modules,
+    round_outputs,
+    rounded_outputs,
+    shared_tensors,
+)
 from ranksearch.refit import refit_last_factors
 from ranksearch.spec import Batches
 from ranksearch.statistics import LayerStatistics, check_complete, collect
@@ -60,19 +71,23 @@ def _checked(name: str, module: nn.Module, choice: LayerChoice) -> LayerSpec:
     return spec
 
 
-def rebuild(model: nn.Module, plan: Plan, weight_limit: int = CODE_LIMIT) -> nn.Module:
+def rebuild(
+    model: nn.Module, plan: Plan, weight_limit: int = CODE_LIMIT, shared: SharedTensors | None = None
+) -> nn.Module:
     """A copy of the model with the plan's architecture; the layers that the plan changes hold placeholders.
 
     Placeholders are random weights at the dense layer's scale from a fixed seed, and positive scales and ranges:
-    with zeros a runtime may drop its integer kernels. `weight_limit` is the largest int8 weight code. Raises
-    PlanError where the plan does not fit the model.
+    with zeros a runtime may drop its integer kernels. `weight_limit` is the largest int8 weight code. Quantizers sit
+    where the plan's `quantizers` say; a plan without has them at the inputs of 8-bit layers but where `shared`, as
+    shared_tensors gives it, knows a tensor that 8-bit layers alone multiply. Raises PlanError where the plan does not
+    fit the model.
     """
     specs = check_plan(model, plan)
     rebuilt = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(PLACEHOLDER_SEED)
         built = {name: _placeholder(model.get_submodule(name), plan.choice(name)) for name in specs}
-    return _quantize(replace_modules(rebuilt, built), plan, weight_limit)
+    return _quantize(replace_modules(rebuilt, built), plan, weight_limit, shared or SharedTensors())
 
 
 def compress(
@@ -84,13 +99,15 @@ def compress(
     statistics: Mapping[str, LayerStatistics] | None = None,
     factorisations: Factorisations | None = None,
     weight_limit: int = CODE_LIMIT,
+    shared: SharedTensors | None = None,
 ) -> nn.Module:
     """A copy of the model with the plan applied, its factors fitted to the calibration data; nothing is trained.
 
     The factors minimise the change of each layer's output; then each last factor is solved again by least squares
     on the inputs that come from the already compressed layers before it; then the ranges of quantized activations
     are set. Without calibration data factors are fitted to the weights alone, and 8-bit plans are refused.
-    `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model.
+    `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model, and
+    `shared`, as shared_tensors gives it, a run of it on one example.
     Raises PlanError where the plan does not fit the model, or calibration data can be read only once; StudyError
     where the statistics are those of another model, or lack a layer that is to be factored.
     """
@@ -111,7 +128,9 @@ def compress(
     last_factors = _last_factors(built, plan)
     if calibration is not None and last_factors:
         refit_last_factors(compressed, last_factors, model, calibration)
-    compressed = _quantize(compressed, plan, weight_limit)
+    if shared is None:
+        shared = _find_shared(model, plan, calibration)
+    compressed = _quantize(compressed, plan, weight_limit, shared)
     if calibration is not None:
         calibrate_ranges(compressed, calibration)
     return compressed
@@ -206,9 +225,45 @@ def _last_factors(built: Mapping[str, nn.Module], plan: Plan) -> dict[str, str]:
     }
 
 
-def _quantize(model: nn.Module, plan: Plan, weight_limit: int) -> nn.Module:
+def _quantize(model: nn.Module, plan: Plan, weight_limit: int, shared: SharedTensors) -> nn.Module:
     """The model with the factors of its 8-bit layers replaced, in place, by quantized modules."""
-    return replace_modules(model, dict(_quantized_modules(model, plan, weight_limit)))
+    quantized = replace_modules(model, dict(_quantized_modules(model, plan, weight_limit)))
+    places = _recorded_places(plan) if plan.quantizers else _places(quantized, plan, shared)
+    try:
+        round_outputs(quantized, places.inputs, places.results)
+    except (KeyError, AttributeError) as error:
+        raise PlanError(f"the plan's quantizers do not fit the model: {error}") from None
+    return quantized
+
+
+def _recorded_places(plan: Plan) -> RoundedOutputs:
+    """Where the quantizers sit, by the modules that hold them, as a plan's file tells."""
+    inputs: dict[str, str] = {}
+    results: dict[str, str] = {}
+    for quantizer in plan.quantizers:
+        *module, attribute = quantizer.where.split(".")
+        if quantizer.output_of is not None:
+            readers = (".".join(module), *quantizer.readers)
+            (results if attribute == "result" else inputs).update(dict.fromkeys(readers, quantizer.output_of))
+    return RoundedOutputs(inputs=inputs, results=results)
+
+
+def _places(model: nn.Module, plan: Plan, shared: SharedTensors) -> RoundedOutputs:
+    """Where the quantizers of 8-bit layers sit, by quantized module: a layer's first factor reads, its last gives."""
+    layers = [name for name, choice in plan.layers.items() if choice.activation_bits == 8]
+    places = rounded_outputs(shared, layers)
+    factors = {name: list(quantized_modules(model.get_submodule(name))) for name in layers}
+    return RoundedOutputs(
+        inputs={_join(name, factors[name][0]): module for name, module in places.inputs.items()},
+        results={_join(name, factors[name][-1]): module for name, module in places.results.items()},
+    )
+
+
+def _find_shared(model: nn.Module, plan: Plan, calibration: Batches | None) -> SharedTensors:
+    quantized = any(choice.activation_bits == 8 for choice in plan.layers.values())
+    if calibration is None or plan.quantizers or not quantized:
+        return SharedTensors()
+    return shared_tensors(model, next(iter(first_examples(calibration, 1))))
 
 
 def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int) -> Iterator[tuple[str, nn.Module]]:

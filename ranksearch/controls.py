@@ -20,6 +20,7 @@ from ranksearch.workbench import Workbench
 Row = dict[str, Any]
 
 UNIFORM_SHARES = (0.5, 0.25)
+RANK_MULTIPLE = 8
 
 
 def control_plans(bench: Workbench) -> list[tuple[str, Plan]]:
@@ -40,12 +41,16 @@ def control_plans(bench: Workbench) -> list[tuple[str, Plan]]:
 
 
 def uniform_plan(
-    layers: Mapping[str, LayerInfo], decompositions: Sequence[str], share: float, rank_multiple: int
+    layers: Mapping[str, LayerInfo], decompositions: Sequence[str], share: float, rank_multiple: int | None
 ) -> Plan:
-    """Each layer at about `share` of its weights, by the first of `decompositions` that can; else left whole."""
+    """Each layer at about `share` of its weights, by the first of `decompositions` that can; else left whole.
+
+    Ranks are multiples of 8 where `rank_multiple` is None: a control is what a user has without measuring anything.
+    """
+    multiple = rank_multiple or RANK_MULTIPLE
     return Plan(
         layers={
-            name: next(_uniform_choices(info.spec, decompositions, share, rank_multiple), DENSE)
+            name: next(_uniform_choices(info.spec, decompositions, share, multiple), DENSE)
             for name, info in layers.items()
         }
     )

@@ -6,16 +6,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ranksearch.compression import calibrate_ranges, compress, count_params, rebuild
+from ranksearch.device import device_lock
 from ranksearch.factorisations import Factorisations
-from ranksearch.latency import Latency, compare, device_lock
+from ranksearch.latency import Latency, compare
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
-from ranksearch.quantization import freeze
+from ranksearch.quantization import freeze, quantized_modules
 from ranksearch.recovery import fine_tune, reestimate_batchnorm
+from ranksearch.runtimes import stayed_float
 from ranksearch.scoring import output_distance, paired_drop
 from ranksearch.spec import Objective
 from ranksearch.weights import packed_bytes
@@ -39,7 +41,8 @@ class Evaluation(BaseModel):
     """What one trial measured, and how far up the ladder it went.
 
     Drops are dense minus plan in score units, ratios plan over dense, intervals at 95 %. What a stopped plan did
-    not reach is None. `seconds` says where the time went, by step.
+    not reach is None. `stayed_float` names the 8-bit layers that the runtime does not multiply in integers, with the
+    kernel that runs each. `seconds` says where the time went, by step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +66,7 @@ class Evaluation(BaseModel):
     n_params: int
     macs: int
     predicted_loss: float | None = None
+    stayed_float: dict[str, str] = Field(default_factory=dict)
     seconds: dict[str, float]
 
     @property
@@ -128,12 +132,13 @@ class Evaluator:
         """Latency and bytes, from the architecture alone: cheap, so it comes first."""
         bench = self.bench
         with self._timed(seconds, "build"):
-            candidate = rebuild(bench.model, plan, bench.weight_limit).eval()
+            candidate = rebuild(bench.model, plan, bench.weight_limit, bench.shared).eval()
             model_bytes, n_params = packed_bytes(candidate), count_params(candidate)
             macs = count_macs(candidate, first_rows(bench.calibration, 1))
         with self._timed(seconds, "convert"):
             session = bench.runtime.prepare(candidate, bench.example, bench.spec.target)
             run = session.bind(to_arrays(bench.example))
+            in_float = stayed_float(quantized_modules(candidate), session.layer_kernels())
         with self._timed(seconds, "latency"), device_lock(bench.spec.target):
             latency = compare(
                 run,
@@ -150,6 +155,7 @@ class Evaluator:
             "n_params": n_params,
             "macs": macs,
             "predicted_loss": self.predict_loss(plan),
+            "stayed_float": in_float,
             **latency_columns(latency, self.dense_latency_ms),
         }
 
@@ -173,6 +179,7 @@ class Evaluator:
                 calibration=bench.calibration,
                 factorisations=self.factorisations,
                 weight_limit=bench.weight_limit,
+                shared=bench.shared,
             ).eval()
         with self._timed(seconds, "quick"):
             reestimate_batchnorm(model, bench.train, bench.model, bench.calibration, bench.spec.loss)

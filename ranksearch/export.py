@@ -20,7 +20,8 @@ from ranksearch.compression import rebuild
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.home import read_json, write_json
 from ranksearch.plan import Plan, Provenance, Quantizer
-from ranksearch.quantization import activation_quantizers, freeze
+from ranksearch.quantization import activation_quantizers, freeze, quantized_modules
+from ranksearch.runtimes import stayed_float
 from ranksearch.weights import load_stored, stored_state
 from ranksearch.workbench import Workbench, to_arrays
 
@@ -98,6 +99,7 @@ def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path
                 "fingerprint": runtime.fingerprint(target),
                 "artefact": artefact.name,
                 "kernels": count_kernels(session.kernels()),
+                "stayed_float": stayed_float(quantized_modules(model), session.layer_kernels()),
                 "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
             },
         )
@@ -165,8 +167,10 @@ def _apart(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _quantizers(model: nn.Module) -> tuple[Quantizer, ...]:
-    ranges = {name: quantizer.range for name, quantizer in activation_quantizers(model).items()}
-    return tuple(Quantizer(where=name, low=low, high=high) for name, (low, high) in ranges.items())
+    return tuple(
+        Quantizer(where=name, output_of=found.output_of, readers=found.readers, low=found.range[0], high=found.range[1])
+        for name, found in activation_quantizers(model).items()
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from ranksearch.cache import content_hash
 from ranksearch.candidates import Profile
+from ranksearch.decompositions import DECOMPOSITIONS
+from ranksearch.plan import Plan
 from ranksearch.spec import CorpusScore
 from ranksearch.trees import tensors
 from ranksearch.workbench import Workbench
@@ -28,6 +32,23 @@ def study_identity(bench: Workbench, profile: Profile) -> dict[str, str]:
         "score": function_identity(spec.score),
         "candidate table": profile.hash(),
     }
+
+
+def profile_identity(bench: Workbench, controls: Sequence[Plan]) -> str:
+    """A hash of all that a candidate table is made from, the machine and this package's code included."""
+    spec = bench.spec
+    methods = [function_identity(DECOMPOSITIONS[name]) for name in spec.space.decompositions]
+    calibration = [_tensor_hash(tensor) for batch in bench.calibration for tensor in tensors(batch)]
+    return content_hash(
+        *(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))),
+        torch.__version__,
+        bench.runtime.fingerprint(spec.target),
+        repr(spec.target),
+        repr(bench.model),
+        [*_model_parts(bench), *calibration, *methods],
+        [repr(spec.space), spec.objectives, function_identity(spec.loss), spec.seed],
+        [plan.hash() for plan in controls],
+    )
 
 
 def function_identity(function: Any) -> str:

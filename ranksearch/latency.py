@@ -1,22 +1,20 @@
-"""Latency as a ratio to a reference: interleaved blocks, an interval, a lock per device."""
+"""Latency as a ratio to a reference, measured side by side, with an interval that a busy machine does not narrow."""
 
-import fcntl
 import gc
 import math
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
-from ranksearch.errors import MeasurementError
-from ranksearch.runtimes import get_runtime
+from ranksearch.device import check_cores, device_lock, timed_cores
+from ranksearch.errors import MeasurementError, RankSearchError
+from ranksearch.runtimes import AbstractSession, DeviceTimed, get_runtime
+from ranksearch.runtimes.base import available_threads
 from ranksearch.runtimes.structure import leaves_of, structure_of
 from ranksearch.spec import Target
 
@@ -30,11 +28,16 @@ Clock = Callable[[], float]
 MIN_BLOCKS = 6
 N_WARM_UP_CALLS = 3
 MAX_CALLS_PER_RUN = 100_000
+# Those that compute in this very process: CPU time of a runtime that asks a server would be that of the asking.
+IN_THIS_PROCESS = frozenset({"onnxruntime", "openvino", "torch"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """A candidate's latency over the reference's, with its 95 % interval; times are of single calls."""
+    """A candidate's latency over the reference's, with its 95 % interval; times are of single calls.
+
+    `latency_ms` and `reference_ms` are medians.
+    """
 
     ratio: float
     ratio_low: float
@@ -42,6 +45,7 @@ class Latency:
     latency_ms: float
     latency_p95_ms: float
     reference_ms: float
+    reference_p95_ms: float
     n_blocks: int
 
 
@@ -58,36 +62,43 @@ def compare(
 ) -> Latency:
     """The candidate's latency relative to the reference's, measured side by side.
 
-    A block runs candidate, reference, reference, candidate, or the mirror image, in random order, each run lasting
-    `block_seconds` or one call, so that a drifting machine touches both alike. The ratio is the median over blocks,
-    its interval that of order statistics. At least 6 blocks; `n_blocks` unless `max_seconds` are over before; then
-    more, up to four times as many, until the interval is within `narrow` of the ratio on either side.
-    `$RANKSEARCH_MAX_TIMING_SECONDS` caps `max_seconds`: a quick look, paid for with wider intervals.
+    A block runs candidate, reference, reference, candidate, or the mirror image, each run lasting `block_seconds` or
+    one call, so that a drifting machine touches both alike. Which of the two is tossed anew for each block: whatever
+    else the machine does meanwhile, however long its ups and downs last, errors up and down are then equally likely
+    and independent, which is all that the interval of order statistics asks for (Rosenbaum, Observational Studies,
+    2002, chapter 2; Le Boudec, Performance Evaluation, 2010, section 2.2). The ratio is the median over blocks.
+
+    At least 6 blocks; `n_blocks` unless `max_seconds` are over before; then more, up to four times as many, until the
+    interval is within `narrow` of the ratio on either side. A DeviceTimed call is timed by its device, any other by
+    `clock`. `$RANKSEARCH_MAX_TIMING_SECONDS` caps `max_seconds`: a quick look, paid for with wider intervals.
+
+    Raises MeasurementError where a call fails, or takes no time by its clock.
     """
     max_seconds = min(max_seconds, float(os.environ.get("RANKSEARCH_MAX_TIMING_SECONDS", "inf")))
     start = clock()
-    calls = {name: _Timed(call, block_seconds, clock) for name, call in (("c", candidate), ("r", reference))}
-    order = random.Random(seed)
+    calls = {
+        "c": _Timed("candidate", candidate, block_seconds, clock),
+        "r": _Timed("reference", reference, block_seconds, clock),
+    }
+    coin = random.Random(seed)
     ratios: list[float] = []
     with _no_garbage_collection():
         while not _is_enough(ratios, n_blocks, narrow, clock() - start, max_seconds):
-            if len(ratios) % 2 == 0:
-                pair = order.sample(("crrc", "rccr"), 2)
             seconds = {"c": 0.0, "r": 0.0}
-            for name in pair[len(ratios) % 2]:
+            for name in coin.choice(("crrc", "rccr")):
                 seconds[name] += calls[name].run()
             if seconds["r"] <= 0.0 or seconds["c"] <= 0.0:
                 raise MeasurementError("the clock does not advance while the model runs; use a finer clock")
             ratios.append(seconds["c"] / seconds["r"])
     low, high = median_interval(ratios)
-    candidate_ms = sorted(1000 * call for call in calls["c"].seconds)
     return Latency(
         ratio=statistics.median(ratios),
         ratio_low=low,
         ratio_high=high,
-        latency_ms=statistics.median(candidate_ms),
-        latency_p95_ms=candidate_ms[math.ceil(0.95 * len(candidate_ms)) - 1],
-        reference_ms=1000 * statistics.median(calls["r"].seconds),
+        latency_ms=calls["c"].median_ms(),
+        latency_p95_ms=calls["c"].p95_ms(),
+        reference_ms=calls["r"].median_ms(),
+        reference_p95_ms=calls["r"].p95_ms(),
         n_blocks=len(ratios),
     )
 
@@ -119,57 +130,63 @@ def measure_latency(
 ) -> Latency:
     """The candidate's latency on the target relative to the reference's, for inputs shaped as `example`.
 
-    Takes the device's lock; options are those of compare. Raises RuntimeUnavailableError where the target cannot
-    be run here.
+    Takes the device's lock, and keeps to the target's cores; options are those of compare. Raises
+    RuntimeUnavailableError where the target cannot be run here, and MeasurementError where the example has another
+    batch size than the target, the target more threads than there are cores, or a model fails while it is timed.
     """
-    runtime = get_runtime(target.runtime)
-    runtime.check(target)
-    arrays = structure_of(example).arrange([leaf.detach().cpu().numpy() for leaf in leaves_of(example)])
-    calls = [runtime.prepare(model, example, target).bind(arrays) for model in (candidate, reference)]
-    with device_lock(target):
-        return compare(*calls, **options)
+    _check_batch_size(example, target)
+    check_cores(target)
+    with timed_cores(target):
+        runtime = get_runtime(target.runtime)
+        runtime.check(target)
+        arrays = structure_of(example).arrange([leaf.detach().cpu().numpy() for leaf in leaves_of(example)])
+        calls = [
+            timed_call(runtime.prepare(model, example, target), arrays, target) for model in (candidate, reference)
+        ]
+        with device_lock(target):
+            return compare(*calls, **options)
 
 
-_HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+def timed_call(session: AbstractSession, inputs: Any, target: Target) -> Call:
+    """What compare times: a run of the session on `inputs`, arrays as AbstractSession.run takes them.
 
-
-@contextmanager
-def device_lock(target: Target, timeout_seconds: float | None = None) -> Iterator[None]:
-    """Holds the target's device alone among all processes of this machine that time on it; may be nested.
-
-    Raises MeasurementError where it is not free within `timeout_seconds` (None waits for ever).
+    On one thread of the host's CPU it is OneThread, unless the runtime computes elsewhere.
     """
-    path = Path(tempfile.gettempdir()) / f"ranksearch-{target.device.replace(':', '-')}.lock"
-    if path in _HELD.get():
-        yield
-        return
-    descriptor = _open_lock(path)
-    try:
-        _lock(descriptor, path, timeout_seconds)
-        token = _HELD.set(_HELD.get() | {path})
-        try:
-            yield
-        finally:
-            _HELD.reset(token)
-    finally:
-        os.close(descriptor)  # which also unlocks
+    call = session.bind(inputs)
+    on_host = target.device == "cpu" and target.runtime in IN_THIS_PROCESS and not isinstance(call, DeviceTimed)
+    return OneThread(call) if on_host and available_threads(target) == 1 else call
 
 
-def machine_state() -> dict[str, float]:
-    """How busy the machine is: load averages over 1 and 5 minutes, and its cores."""
-    one_minute, five_minutes, _ = os.getloadavg()
-    return {"load_1min": one_minute, "load_5min": five_minutes, "cores": float(os.cpu_count() or 1)}
+@final
+@dataclass(frozen=True, slots=True)
+class OneThread:
+    """A call that computes on one thread, timed by the CPU time that this process takes meanwhile.
+
+    The device is one core, and CPU time is its clock: it stands still while another process has the core. Where none
+    takes it, the call's time is its CPU time. Google Benchmark counts CPU time by default for the same reason (its
+    user guide, "CPU Timers").
+    """
+
+    call: Call
+
+    def __call__(self) -> None:
+        self.call()
+
+    def device_seconds(self, n_calls: int) -> list[float]:
+        """The CPU seconds of each of so many calls in a row."""
+        return _seconds_of_calls(self.call, n_calls, time.process_time)
 
 
 class _Timed:
     """A call, warmed up, and the seconds of every timed call so far."""
 
-    def __init__(self, call: Call, run_seconds: float, clock: Clock) -> None:
+    def __init__(self, name: str, call: Call, run_seconds: float, clock: Clock) -> None:
+        self._name = name
         self._call = call
         self._clock = clock
         self.seconds: list[float] = []
-        for _ in range(N_WARM_UP_CALLS):
-            call()
+        self.n_calls = N_WARM_UP_CALLS
+        self.run()
         self.n_calls = 1
         while self.n_calls < MAX_CALLS_PER_RUN and (took := self.run() * self.n_calls) < run_seconds:
             # Grows towards the goal, doubling where the clock is too coarse to tell.
@@ -178,13 +195,38 @@ class _Timed:
         self.seconds.clear()
 
     def run(self) -> float:
-        """Seconds per call, over one run of n_calls."""
-        ticks = [self._clock()]
-        for _ in range(self.n_calls):
-            self._call()
-            ticks.append(self._clock())
-        self.seconds.extend(after - before for before, after in zip(ticks, ticks[1:], strict=False))
-        return (ticks[-1] - ticks[0]) / self.n_calls
+        """Seconds per call, over one run of n_calls. Raises MeasurementError where the call fails."""
+        try:
+            if isinstance(self._call, DeviceTimed):
+                seconds = self._call.device_seconds(self.n_calls)
+            else:
+                seconds = _seconds_of_calls(self._call, self.n_calls, self._clock)
+        except RankSearchError:
+            raise
+        except Exception as error:
+            raise MeasurementError(
+                f"the {self._name} failed while it was timed, after {len(self.seconds)} calls: "
+                f"{type(error).__name__}: {error}; see that the device is still there, has memory left, and takes "
+                "inputs of this shape, then time again"
+            ) from error
+        self.seconds.extend(seconds)
+        return math.fsum(seconds) / self.n_calls
+
+    def median_ms(self) -> float:
+        """The median call's milliseconds."""
+        return 1000 * statistics.median(self.seconds)
+
+    def p95_ms(self) -> float:
+        """The milliseconds that 95 % of the calls took at most."""
+        return 1000 * sorted(self.seconds)[math.ceil(0.95 * len(self.seconds)) - 1]
+
+
+def _seconds_of_calls(call: Call, n_calls: int, clock: Clock) -> list[float]:
+    ticks = [clock()]
+    for _ in range(n_calls):
+        call()
+        ticks.append(clock())
+    return [after - before for before, after in zip(ticks, ticks[1:], strict=False)]
 
 
 def _is_enough(ratios: list[float], n_blocks: int, narrow: float, seconds: float, max_seconds: float) -> bool:
@@ -210,26 +252,11 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _open_lock(path: Path) -> int:
-    try:
-        # Another user's file opens for reading only, which suffices for a lock.
-        return os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-
-
-def _lock(descriptor: int, path: Path, timeout_seconds: float | None) -> None:
-    if timeout_seconds is None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return
-    give_up = time.monotonic() + timeout_seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= give_up:
-                raise MeasurementError(
-                    f"another process has been timing on this device for {timeout_seconds} s and holds {path}"
-                ) from None
-            time.sleep(0.05)
+def _check_batch_size(example: Any, target: Target) -> None:
+    for name, leaf in zip(structure_of(example).names, leaves_of(example), strict=True):
+        shape = tuple(leaf.shape)
+        if not shape or shape[0] != target.batch_size:
+            raise MeasurementError(
+                f"input {name!r} of the example has shape {shape}, but Target.batch_size is {target.batch_size}: "
+                f"give an example of {target.batch_size} rows, or the target the batch size of the example"
+            )

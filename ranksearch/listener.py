@@ -162,6 +162,8 @@ def _extra_metrics(evaluation: Evaluation) -> dict[str, float]:
         value = getattr(evaluation, name)
         if value is not None:
             metrics[name] = value
+    if evaluation.stayed_float:
+        metrics["layers_stayed_float"] = float(len(evaluation.stayed_float))
     return metrics
 
 

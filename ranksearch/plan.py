@@ -60,9 +60,15 @@ DENSE = LayerChoice()
 
 
 class Quantizer(_Value):
-    """An activation quantizer of `bits` on the tensor `where`, covering the values from `low` to `high`."""
+    """An activation quantizer of `bits` on the tensor `where`, covering the values from `low` to `high`.
+
+    `where` is the quantizer's name in the compressed model. It rounds its module's input or, where `output_of` names
+    another module, the output of that, which the modules in `readers` take as well.
+    """
 
     where: str
+    output_of: str | None = None
+    readers: tuple[str, ...] = ()
     low: float
     high: float
     bits: Literal[8] = 8

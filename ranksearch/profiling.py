@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ranksearch.candidates import Candidate, LayerProfile, Profile
+from ranksearch.candidates import Candidate, LayerProfile, Profile, TimePlan, fit_latency
 from ranksearch.compression import compress, rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
@@ -20,17 +20,20 @@ from ranksearch.spec import Objective, Space
 from ranksearch.statistics import predicted_loss
 from ranksearch.weights import packed_bytes
 
-MAX_CANDIDATES = 12
-# Per layer and bits so many are timed, of at most so many ranks per decomposition.
-MAX_TIMED, RANKS_TRIED = 10, 5
+# So many choices are timed for layers of one shape, of at most so many ranks per decomposition.
+MAX_CANDIDATES, RANKS_TRIED = 12, 5
 KL_BATCHES = 2
 
 TimeLayer = Callable[[LayerInfo, nn.Module, Sequence[LayerChoice]], LayerTimes]
+Timed = dict[tuple[LayerSpec, tuple[int, ...]], list[LayerChoice]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileMaker:
-    """Makes the candidate table of a model. What is slow or noisy, `time_layer`, is given."""
+    """Makes the candidate table of a model. What is slow or noisy, `time_layer` and `time_plan`, is given.
+
+    Layers of equal spec and input shape share what is timed, which the first of them chooses.
+    """
 
     model: nn.Module
     layers: Mapping[str, LayerInfo]
@@ -41,6 +44,7 @@ class ProfileMaker:
     objectives: tuple[Objective, ...]
     bits: Callable[[LayerSpec], tuple[tuple[int, int], ...]]
     time_layer: TimeLayer
+    time_plan: TimePlan
     weight_limit: int
 
     def make(
@@ -53,26 +57,22 @@ class ProfileMaker:
         """The table; the choices of `controls` and dense are never dropped from it."""
         kept = {name: {DENSE, *(plan.choice(name) for plan in controls)} for name in self.layers}
         layers = []
+        timed: Timed = {}
         for name, info in self.layers.items():
             on_layer(name)
-            layers.append(LayerProfile(name=name, candidates=self._candidates(info, kept[name])))
-        dense_ms = sum(layer.candidates[layer.dense].latency_ms for layer in layers)
-        # Layers timed alone may add up to more than the model, whose runtime fuses them with their neighbours.
-        scale = min(1.0, 0.95 * dense_latency_ms / dense_ms)
-        return Profile(
-            layers=tuple(_scaled(layer, scale) for layer in layers),
-            dense_latency_ms=dense_latency_ms,
-            dense_bytes=dense_bytes,
-        )
+            layers.append(LayerProfile(name=name, candidates=self._candidates(info, kept[name], timed)))
+        on_layer("whole plans")
+        table = Profile(layers=tuple(layers), dense_latency_ms=dense_latency_ms, dense_bytes=dense_bytes)
+        return fit_latency(table, controls, self.time_plan)
 
-    def _candidates(self, info: LayerInfo, kept: set[LayerChoice]) -> tuple[Candidate, ...]:
-        losses = self._losses(info, kept)
+    def _candidates(self, info: LayerInfo, kept: set[LayerChoice], timed: Timed) -> tuple[Candidate, ...]:
+        alike = (info.spec, info.input_shape)
+        settled = timed.get(alike)
+        losses = self._losses(info, kept, settled)
         layer = self.model.get_submodule(info.name)
         alone = nn.Sequential(layer)
-        counts = {choice: _counts(info, choice) for choice in dict.fromkeys(_in_float(choice) for choice in losses)}
-        worth_timing = [
-            choice for group in _by_bits(losses).values() for choice in _worth_timing(group, kept, losses, counts)
-        ]
+        worth_timing = _worth_timing(info, kept, losses) if settled is None else list(losses)
+        timed.setdefault(alike, worth_timing)
         sizes = {choice: packed_bytes(rebuild(alone, Plan(layers={"0": choice}))) for choice in worth_timing}
         ratios, dense_ms = self._times(info, layer, worth_timing)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {
@@ -101,21 +101,25 @@ class ProfileMaker:
         dense_ms = float(np.median([reference_ms for _, reference_ms in times.values()])) * info.n_calls
         return {**{choice: ratio for choice, (ratio, _) in times.items()}, DENSE: 1.0}, dense_ms
 
-    def _losses(self, info: LayerInfo, kept: set[LayerChoice]) -> dict[LayerChoice, float]:
-        """The predicted loss of each choice in nats of KL to dense.
+    def _losses(
+        self, info: LayerInfo, kept: set[LayerChoice], timed: Sequence[LayerChoice] | None
+    ) -> dict[LayerChoice, float]:
+        """The predicted loss in nats of KL to dense: of each choice that is `timed`, of all where that is not settled.
 
         The closed form is set to scale by one measured KL; the loss of quantization is measured once, on the layer
         that is only quantized, and added to each quantized choice.
         """
         bits = [b for b in self.bits(info.spec) if b[0] in self.space.weight_bits]
-        raw = dict(self._closed_forms(info, kept))
+        wanted = kept if timed is None else kept | set(timed)
+        shapes = _shapes(info.spec, self.space, wanted) if timed is None else _factored(wanted)
+        raw = dict(self._closed_forms(info, shapes))
         reference = _middle(raw)
         scale = 1.0 if reference is None else self._measured(info.name, reference) / raw[reference]
         floats = {DENSE: 0.0, **{shape: loss * scale for shape, loss in raw.items()}}
         offered = [
             _with_bits(shape, b) for shape in floats for b in bits if shape.decomposition in self.space.decompositions
         ]
-        choices = sorted({*offered, *kept}, key=LayerChoice.key)
+        choices = sorted({*offered, *kept} if timed is None else wanted, key=LayerChoice.key)
         any_quantized = any(choice.weight_bits == 8 for choice in choices)
         quantization_loss = self._measured(info.name, _with_bits(DENSE, (8, 8))) if any_quantized else 0.0
         return {
@@ -123,11 +127,11 @@ class ProfileMaker:
             for choice in choices
         }
 
-    def _closed_forms(self, info: LayerInfo, kept: set[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
-        """Predicted losses, not yet to scale, of the choices that shrink the layer, in float."""
+    def _closed_forms(self, info: LayerInfo, shapes: Sequence[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
+        """Predicted losses, not yet to scale, of float choices that shrink the layer."""
         weight = layer_weight(self.model.get_submodule(info.name))
         statistics = self.factorisations.statistics[info.name]
-        for shape in _shapes(info.spec, self.space, kept):
+        for shape in shapes:
             difference = weight - self.factorisations.of(info.name, shape).weight(shape.ranks)
             yield shape, max(predicted_loss(statistics, difference, mean_absorbed=True), 1e-12)
 
@@ -157,7 +161,9 @@ class ProfileMaker:
 
 def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[LayerChoice]:
     """The float choices that shrink a layer: a spread of ranks per decomposition, and those that must be kept."""
-    shapes = {_in_float(choice) for choice in kept if choice.decomposition != "none"}
+    shapes = set(_factored(kept))
+    # What the target's kernels compute in, session.make_profile has measured.
+    assert space.rank_multiple is not None, "a profile is made in a space whose multiple is settled"
     for name in space.decompositions:
         method = DECOMPOSITIONS[name]
         if name == "none" or method.refuse(spec) is not None:
@@ -168,6 +174,11 @@ def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[Layer
                 LayerChoice(decomposition=name, ranks=r, options=dict(options)) for r in _spread(ranks, RANKS_TRIED)
             )
     return sorted(shapes, key=LayerChoice.key)
+
+
+def _factored(choices: Iterable[LayerChoice]) -> list[LayerChoice]:
+    """The choices that factor the layer, in float."""
+    return sorted({_in_float(choice) for choice in choices if choice.decomposition != "none"}, key=LayerChoice.key)
 
 
 def _with_bits(choice: LayerChoice, bits: tuple[int, int]) -> LayerChoice:
@@ -198,15 +209,18 @@ def _by_bits(choices: Iterable[LayerChoice]) -> dict[str, list[LayerChoice]]:
     return groups
 
 
-def _worth_timing(
-    choices: Sequence[LayerChoice],
-    kept: set[LayerChoice],
-    losses: Mapping[LayerChoice, float],
-    counts: Mapping[LayerChoice, tuple[float, float]],
-) -> list[LayerChoice]:
-    """Of choices of the same bits those that no other beats in loss and both counts, or some of them."""
-    undominated = _undominated(choices, kept, lambda choice: (losses[choice], *counts[_in_float(choice)]))
-    return _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_TIMED)
+def _worth_timing(info: LayerInfo, kept: set[LayerChoice], losses: Mapping[LayerChoice, float]) -> list[LayerChoice]:
+    """The kept choices, and of either bits as many of those that no other beats in loss, parameters and MACs."""
+    counts = {choice: _counts(info, choice) for choice in dict.fromkeys(_in_float(choice) for choice in losses)}
+    chosen: list[LayerChoice] = []
+    groups = list(_by_bits(losses).values())
+    for i, group in enumerate(groups):
+        undominated = _undominated(group, kept, lambda choice: (losses[choice], *counts[_in_float(choice)]))
+        kept_later = sum(choice in kept for later in groups[i + 1 :] for choice in later)
+        kept_here = sum(choice in kept for choice in group)
+        room = (MAX_CANDIDATES - len(chosen) - kept_here - kept_later) // (len(groups) - i)
+        chosen += _thinned(sorted(undominated, key=losses.__getitem__), kept, kept_here + max(room, 0))
+    return chosen
 
 
 def _undominated(
@@ -224,11 +238,6 @@ def _thinned(ordered: list[LayerChoice], kept: set[LayerChoice], most: int) -> l
     room = max(most - len(ordered) + len(others), 0)
     stays = set(_spread(others, room)) | kept
     return [choice for choice in ordered if choice in stays]
-
-
-def _scaled(layer: LayerProfile, scale: float) -> LayerProfile:
-    candidates = (c.model_copy(update={"latency_ms": c.latency_ms * scale}) for c in layer.candidates)
-    return layer.model_copy(update={"candidates": tuple(candidates)})
 
 
 def _counts(info: LayerInfo, choice: LayerChoice) -> tuple[float, float]:

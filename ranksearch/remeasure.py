@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ranksearch.device import device_lock
 from ranksearch.errors import MeasurementError
 from ranksearch.evaluation import latency_columns
 from ranksearch.home import StudyHome, read_json, write_json
-from ranksearch.latency import compare, device_lock
+from ranksearch.latency import compare
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
 from ranksearch.spec import load_study

@@ -166,10 +166,17 @@ def _report(result: SearchResult, row: Row, plan: Plan, record: Mapping[str, Any
             files={path.name: path.stat().st_size for path in sorted(bundle.iterdir())},
             max_drop=result.limits.max_drop,
             noise_floor=record["noise_floor"],
-            notes=[f"{name}: {reason}" for name, reason in record.get("skipped", {}).items()],
+            notes=_notes(record, read_json(bundle / "runtime.json")),
             commands=[f"ranksearch run {script}", f"ranksearch export {script} --trial {row['trial']} -o DIR"],
         )
     )
+
+
+def _notes(record: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
+    """What a report has to say of layers: why they were skipped, and which bits are smaller but no faster."""
+    skipped = [f"{name}: {reason}" for name, reason in record.get("skipped", {}).items()]
+    in_float = runtime.get("stayed_float", {})
+    return skipped + [f"{name}: 8 bits in the file, computed in float ({kernel})" for name, kernel in in_float.items()]
 
 
 def _chosen(result: SearchResult, minimize: str, trial: int | None, run_id: str | None) -> tuple[Row, str]:

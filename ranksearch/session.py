@@ -2,21 +2,24 @@
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ranksearch.cache import Cache, cache_directory, write_atomically
 from ranksearch.candidates import Profile
 from ranksearch.controls import control_plans
+from ranksearch.device import device_lock
 from ranksearch.errors import StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json, write_json
-from ranksearch.latency import compare, device_lock
-from ranksearch.layer_timing import LayerTimer
+from ranksearch.identity import profile_identity
+from ranksearch.latency import compare
+from ranksearch.layer_timing import LayerTimer, PlanTimer
 from ranksearch.plan import Plan
 from ranksearch.profiling import ProfileMaker
 from ranksearch.remeasure import target_record
+from ranksearch.staircase import measure_staircase
 from ranksearch.workbench import Workbench, to_arrays
 
 
@@ -92,23 +95,35 @@ def make_profile(
     dense_latency_ms: float,
     on_layer: Callable[[str], None],
 ) -> Profile:
-    """The candidate table of an opened study."""
+    """The candidate table of an opened study; at once where it was made before, of the same and on this machine."""
     spec, target = bench.spec, bench.spec.target
+    plans = [plan for _, plan in controls]
+    tables, key = Cache(directory=cache_directory() / "profiles"), profile_identity(bench, plans)
+    if (known := tables.get(key)) is not None:
+        return Profile.from_json(known.decode(), source="the cached candidate table")
     cache = Cache(directory=cache_directory() / "latency")
-    maker = ProfileMaker(
-        model=bench.model,
-        layers=bench.found.layers,
-        factorisations=factorisations,
-        calibration=bench.calibration,
-        loss=spec.loss,
-        space=spec.space,
-        objectives=spec.objectives,
-        bits=lambda layer: bench.runtime.supported_bits(layer, target),
-        time_layer=LayerTimer(runtime=bench.runtime, target=target, cache=cache),
-        weight_limit=bench.weight_limit,
-    )
+    timing: dict[str, Any] = {"runtime": bench.runtime, "target": target, "cache": cache}
     with device_lock(target):
-        return maker.make([plan for _, plan in controls], dense_latency_ms, bench.dense.model_bytes, on_layer)
+        on_layer("the rank staircase")
+        multiple = spec.space.rank_multiple or measure_staircase(**timing).multiple
+        maker = ProfileMaker(
+            model=bench.model,
+            layers=bench.found.layers,
+            factorisations=factorisations,
+            calibration=bench.calibration,
+            loss=spec.loss,
+            space=replace(spec.space, rank_multiple=multiple),
+            objectives=spec.objectives,
+            bits=lambda layer: bench.runtime.supported_bits(layer, target),
+            time_layer=LayerTimer(**timing),
+            time_plan=PlanTimer(
+                model=bench.model, example=bench.example, dense=bench.dense.session, shared=bench.shared, **timing
+            ),
+            weight_limit=bench.weight_limit,
+        )
+        table = maker.make(plans, dense_latency_ms, bench.dense.model_bytes, on_layer)
+    tables.put(key, table.to_json().encode())
+    return table
 
 
 def _check_machine(record: dict[str, Any], now: dict[str, Any], name: str) -> None:

@@ -4,7 +4,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,11 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Where the model must run. `threads=None` means all cores; precision `default` is the runtime's own choice."""
+    """Where the model must run. `threads=None` means all cores; precision `default` is the runtime's own choice.
+
+    `cores`, as in `0-3,8`, are the cores of the host that it is timed on, and nothing else of the study runs on them
+    where there are others; None leaves it to the system. Raises StudyError for what cannot be a target anywhere.
+    """
 
     runtime: str = "openvino"
     mode: str = "eager"
@@ -41,6 +45,7 @@ class Target:
     batch_size: int = 1
     threads: int | None = None
     precision: str = "f32"
+    cores: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("batch_size", self.batch_size), ("threads", self.threads)):
@@ -51,6 +56,27 @@ class Target:
             raise StudyError(
                 f"Target.precision is {self.precision!r}; write 'f32', 'default' or another of the runtime's"
             )
+        n_cores = len(self.core_numbers())
+        if self.cores is not None and self.threads is not None and self.threads > n_cores:
+            raise StudyError(
+                f"Target.threads is {self.threads}, and Target.cores {self.cores!r} are {n_cores}: "
+                "name as many cores as threads, or ask for fewer threads"
+            )
+
+    def __repr__(self) -> str:
+        # Enters the keys of studies and caches: those of a target that names no cores stay what they were before.
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cores" or self.cores is not None}
+        return f"Target({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
+    def core_numbers(self) -> frozenset[int]:
+        """The numbers of `cores`; none where it is None. Raises StudyError where they cannot be read."""
+        if self.cores is None:
+            return frozenset()
+        ranges = [re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip()) for part in str(self.cores).split(",")]
+        bounds = [(int(found[1]), int(found[2] or found[1])) for found in ranges if found]
+        if not isinstance(self.cores, str) or not all(ranges) or any(first > last for first, last in bounds):
+            raise StudyError(f"Target.cores is {self.cores!r}; write numbers and ranges of cores, such as '0-3,8'")
+        return frozenset(core for first, last in bounds for core in range(first, last + 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +109,8 @@ class Goals:
 class Space:
     """What may be chosen. `only` and `skip` are globs on layer names; ranks are multiples of `rank_multiple`.
 
+    None takes the multiple that the target's kernels compute in, which is measured.
+
     Raises StudyError for what cannot be chosen from.
     """
 
@@ -101,7 +129,7 @@ class Space:
     weight_bits: tuple[int, ...] = (32, 8)
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    rank_multiple: int = 8
+    rank_multiple: int | None = None
 
     def __post_init__(self) -> None:
         # Study scripts write lists; frozen values hold tuples.
@@ -115,7 +143,7 @@ class Space:
             raise StudyError(f"Space.weight_bits is {self.weight_bits}; what is built is {WEIGHT_BITS}, one or both")
         if not self.decompositions:
             raise StudyError("Space.decompositions is empty; name at least 'none'")
-        if self.rank_multiple < 1:
+        if self.rank_multiple is not None and self.rank_multiple < 1:
             raise StudyError(f"Space.rank_multiple is {self.rank_multiple}; it must be at least 1")
 
 

@@ -14,8 +14,8 @@ from ranksearch.decompositions.cases import SPECS, convolution, example_input, r
 from ranksearch.decompositions.contract import check_decomposition, fill
 from ranksearch.layers import LayerSpec
 from ranksearch.runtimes.contract import check_runtime
-from ranksearch.runtimes.openvino import core
-from ranksearch.runtimes.openvino_conversion import to_openvino
+from ranksearch.runtimes.openvino.conversion import to_openvino
+from ranksearch.runtimes.openvino.runtime import core
 
 __all__ = ["SPECS", "check_decomposition", "check_runtime", "check_serialisation", "convolution"]
 

@@ -16,6 +16,7 @@ from ranksearch.decompositions import get_decomposition
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
+from ranksearch.quantization import SharedTensors, shared_tensors
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime
 from ranksearch.scoring import Scores, same_twice, score_model
 from ranksearch.spec import Batches, Data, StudySpec
@@ -43,12 +44,16 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workbench:
-    """A study's model, data and target, made ready for trials. `train` is the calibration data where there is none."""
+    """A study's model, data and target, made ready for trials. `train` is the calibration data where there is none.
+
+    `shared` tells of the tensors that several read, on which the quantizers of 8-bit plans sit.
+    """
 
     spec: StudySpec
     model: nn.Module
     data: Data
     found: FoundLayers
+    shared: SharedTensors
     runtime: AbstractRuntime
     example: Any
     calibration: list[tuple[Any, Any]]
@@ -112,6 +117,7 @@ def open_workbench(spec: StudySpec) -> Workbench:
         model=model,
         data=data,
         found=found,
+        shared=shared_tensors(model, first_rows(calibration, 1)),
         runtime=runtime,
         example=example,
         calibration=calibration,

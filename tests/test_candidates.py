@@ -1,9 +1,9 @@
 """The candidate table as a value."""
 
 import pytest
-from synthetic_study import INT8, make_profile
+from synthetic_study import INT8, make_controls, make_profile
 
-from ranksearch.candidates import Profile
+from ranksearch.candidates import N_RANDOM_PLANS, Profile, fit_latency, spread_plans
 from ranksearch.errors import StudyError
 from ranksearch.plan import DENSE, LayerChoice, Plan
 
@@ -38,6 +38,50 @@ def test_predictions_are_sums_and_dense_costs_nothing() -> None:
     assert loss == pytest.approx(first.candidates[chosen[0]].loss)
     assert latency == pytest.approx(1 - saved / profile.dense_latency_ms)
     assert size == pytest.approx(1 - 3000 / profile.dense_bytes)
+
+
+def test_measured_plans_correct_predicted_latencies_alone() -> None:
+    profile = make_profile(4)
+    plans = [[i] * 3 + [0] for i in range(6)]
+    measured = [0.1 + 0.8 * profile.summed_latency(indices) for indices in plans]
+    corrected = profile.corrected(plans, measured)
+    for indices, ratio in zip(plans, measured, strict=True):
+        loss, latency, size = corrected.predict(indices)
+        assert latency == pytest.approx(ratio, rel=0.03)
+        assert (loss, size) == (profile.predict(indices)[0], profile.predict(indices)[2])
+    assert corrected.layers == profile.layers and profile.corrected([], []) == profile
+    assert Profile.from_json(corrected.to_json()) == corrected
+
+
+def test_the_latency_model_is_fitted_to_the_controls_and_to_random_plans_each_timed_once() -> None:
+    profile = make_profile(6)
+    controls = [plan for _, plan in make_controls(profile)]
+    timed: list[Plan] = []
+
+    def time_plan(plan: Plan) -> float:
+        timed.append(plan)
+        return 0.5 + 0.5 * profile.summed_latency(profile.indices(plan))
+
+    fitted = fit_latency(profile, controls, time_plan)
+    dense = tuple(layer.dense for layer in profile.layers)
+    hashes = {plan.hash() for plan in timed}
+    assert len(hashes) == len(timed) > N_RANDOM_PLANS // 2 and profile.plan(dense).hash() not in hashes
+    assert controls[1].hash() in hashes
+    # The line is in the layers' own figures now.
+    assert fitted.latency_model.slope == pytest.approx(1.0, abs=0.05)
+    first, again = profile.layers[0].candidates[0], fitted.layers[0].candidates[0]
+    assert again.latency_ms == pytest.approx(0.5 * first.latency_ms, rel=0.15) and again.choice == first.choice
+    for indices in spread_plans(profile, 5, seed=7):
+        measured = 0.5 + 0.5 * profile.summed_latency(indices)
+        assert fitted.predict(indices)[1] == pytest.approx(measured, rel=0.05)
+
+
+def test_spread_plans_span_the_table() -> None:
+    profile = make_profile(12)
+    plans = spread_plans(profile, 8, seed=0)
+    sums = [profile.summed_latency(plan) for plan in plans]
+    assert len(set(plans)) == 8 and sums[0] < sums[-1] and plans == spread_plans(profile, 8, seed=0)
+    assert all(0 <= i < len(layer.candidates) for plan in plans for i, layer in zip(plan, profile.layers, strict=True))
 
 
 def test_json_and_back_with_the_same_hash() -> None:

@@ -172,6 +172,30 @@ def test_a_finished_plan_is_measured_on_the_runtime_once(mixed: tuple[Evaluation
     assert remeasure_plans(bench, home, hashes, 2.0, told.append) == figures and len(told) == 1
 
 
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime", "torch"])
+def test_every_runtime_scores_what_it_ran_and_tells_what_stayed_float(
+    runtime: str, bench: Workbench, parts: dict[str, Pairs], factorisations: Factorisations, tmp_path: Path
+) -> None:
+    target = replace(bench.spec.target, runtime=runtime)
+    elsewhere = open_workbench(make_spec(bench.model, parts, target=target))
+    plan = Plan(layers={"3": INT8, "8": INT8})
+    evaluator = Evaluator(
+        bench=elsewhere,
+        factorisations=factorisations,
+        dense_latency_ms=2.0,
+        max_latency_seconds=0.1,
+        keep=lambda plan, model: write_bundle(elsewhere, plan, model, tmp_path),
+    )
+    evaluation = evaluator.evaluate(plan)
+    in_float = {} if runtime != "torch" else {"3": "QuantizedConv2d eager_f32", "8": "QuantizedLinear eager_f32"}
+    assert evaluation.stayed_float == in_float
+    record = read_json(tmp_path / "runtime.json")
+    assert record["stayed_float"] == in_float
+    session = elsewhere.runtime.open(tmp_path / record["artefact"], target)
+    figures = Judge(elsewhere, 0.1).figures(session, 2.0)
+    assert figures["runtime_accuracy"] == pytest.approx(evaluation.accuracy, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("row", "on_runtime", "gap"),
     [

@@ -1,11 +1,11 @@
-"""Latency: ratios on a clock that the test moves, intervals, and the lock between processes."""
+"""Latency: ratios on a clock that the test moves, intervals, and what a bad measurement says."""
 
 import itertools
-import os
+import math
 import random
-import subprocess
-import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -14,18 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ranksearch import device as device_module
 from ranksearch import latency as latency_module
 from ranksearch.errors import MeasurementError
-from ranksearch.latency import compare, device_lock, machine_state, measure_latency, median_interval, noise_floor
+from ranksearch.latency import OneThread, compare, measure_latency, median_interval, noise_floor, timed_call
+from ranksearch.runtimes import DeviceTimed, get_runtime
 from ranksearch.spec import Target
 
 
 class FakeClock:
-    """A clock that only calls move: each by its cost, times a load that drifts, times noise."""
+    """A clock that only calls move: each by its cost, times a load that drifts or comes and goes, times noise."""
 
-    def __init__(self, noise: float = 0.0, drift: float = 0.0) -> None:
+    def __init__(self, noise: float = 0.0, drift: float = 0.0, period: float = math.inf, phase: float = 0.0) -> None:
         self.now = 0.0
         self._noise, self._drift = noise, drift
+        self._period, self._phase = period, phase
         self._random = random.Random(0)
 
     def __call__(self) -> float:
@@ -34,7 +37,8 @@ class FakeClock:
     def call(self, seconds: float) -> Callable[[], None]:
         def run() -> None:
             noise = 1 + self._noise * self._random.random()
-            self.now += seconds * noise * (1 + self._drift * self.now)
+            wave = 0.3 * math.sin(2 * math.pi * self.now / self._period + self._phase)
+            self.now += seconds * noise * (1 + self._drift * self.now + wave)
 
         return run
 
@@ -57,6 +61,16 @@ def test_the_same_model_twice_is_one_on_a_noisy_drifting_machine(seed: int) -> N
     measured = compare(clock.call(0.001), clock.call(0.001), clock=clock, seed=seed)
     assert measured.ratio_low <= 1 <= measured.ratio_high
     assert measured.ratio_high - measured.ratio_low < 0.1
+
+
+def test_the_interval_holds_its_level_where_the_load_comes_and_goes() -> None:
+    measured = []
+    for seed in range(300):
+        clock = FakeClock(noise=0.01, period=0.13, phase=float(seed))
+        measured.append(compare(clock.call(0.01), clock.call(0.01), clock=clock, n_blocks=5, seed=seed))
+    missed = sum(not each.ratio_low <= 1 <= each.ratio_high for each in measured)
+    assert missed <= 0.08 * len(measured), "5 %, and what chance adds in one of a hundred such tests"
+    assert {each.n_blocks for each in measured} == {20}, "no interval is narrow enough to stop early"
 
 
 def test_noise_floor_is_how_far_the_interval_reaches() -> None:
@@ -105,43 +119,92 @@ def test_median_interval_has_the_textbook_ranks(n: int, below: int) -> None:
     assert median_interval(values) == (below, n - 1 - below)
 
 
-TRY_LOCK = """
-from ranksearch.errors import MeasurementError
-from ranksearch.latency import device_lock
-from ranksearch.spec import Target
-try:
-    with device_lock(Target(), timeout_seconds=0.2):
-        print("got it")
-except MeasurementError as error:
-    print(error)
-"""
+@dataclass
+class OnDevice:
+    """A call that returns at once, while a device works on, which alone knows for how long."""
+
+    seconds: float
+    n_timed: list[int] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        pass
+
+    def device_seconds(self, n_calls: int) -> list[float]:
+        self.n_timed.append(n_calls)
+        return [self.seconds] * n_calls
 
 
-def _ask_other_process(directory: Path) -> str:
-    root = Path(latency_module.__file__).resolve().parents[1]
-    environment = {**os.environ, "TMPDIR": str(directory)}
-    command = [sys.executable, "-c", TRY_LOCK]
-    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=True).stdout
+def test_a_device_that_works_on_is_timed_by_its_own_clock() -> None:
+    measured = compare(OnDevice(0.003), OnDevice(0.001), n_blocks=6)
+    assert measured.ratio == pytest.approx(3.0)
+    assert (measured.latency_ms, measured.reference_p95_ms) == pytest.approx((3.0, 1.0))
 
 
-def test_the_lock_excludes_a_second_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_module.tempfile, "tempdir", str(tmp_path))
-    with device_lock(Target()), device_lock(Target()):  # the holder may ask again
-        assert "another process has been timing" in _ask_other_process(tmp_path)
-        with device_lock(Target(device="gpu"), timeout_seconds=0):
+def test_p95_is_that_of_single_calls_of_either() -> None:
+    clock, n_calls = FakeClock(), itertools.count()
+
+    def sometimes_slow() -> None:
+        clock.now += 0.05 if next(n_calls) % 10 == 0 else 0.01
+
+    measured = compare(clock.call(0.02), sometimes_slow, clock=clock, n_blocks=20)
+    assert (measured.latency_ms, measured.latency_p95_ms) == pytest.approx((20, 20))
+    assert (measured.reference_ms, measured.reference_p95_ms) == pytest.approx((10, 50))
+
+
+def test_on_one_thread_waiting_for_the_core_takes_no_time() -> None:
+    def work() -> None:
+        until = time.process_time() + 0.002
+        while time.process_time() < until:
             pass
-    assert _ask_other_process(tmp_path) == "got it\n"
+
+    def work_and_wait() -> None:
+        work()
+        time.sleep(0.01)
+
+    def ratio(call: Callable[[], None], reference: Callable[[], None]) -> float:
+        return compare(call, reference, n_blocks=6, max_seconds=1.0, block_seconds=0.001).ratio
+
+    assert ratio(OneThread(work_and_wait), OneThread(work)) < 1.5
+    assert ratio(work_and_wait, work) > 1.5
 
 
-def test_machine_state_holds_load_and_cores() -> None:
-    state = machine_state()
-    assert set(state) == {"load_1min", "load_5min", "cores"}
-    assert state["cores"] >= 1
+def test_only_one_thread_of_the_hosts_cpu_is_timed_by_its_cpu_time() -> None:
+    model, example = nn.Linear(4, 2), torch.zeros(1, 4)
+    for n_threads, kind in ((1, True), (2, False)):
+        target = Target(runtime="torch", threads=n_threads)
+        session = get_runtime("torch").prepare(model, example, target)
+        assert isinstance(timed_call(session, example.numpy(), target), OneThread) is kind
+    call = timed_call(session, example.numpy(), Target(runtime="their_own", threads=1))
+    assert not isinstance(call, DeviceTimed), "it may compute elsewhere, and this process only wait"
+
+
+@pytest.mark.parametrize("device_timed", [False, True])
+def test_a_device_that_goes_away_is_told(device_timed: bool) -> None:
+    n_calls = itertools.count()
+
+    def gone_soon() -> None:
+        if next(n_calls) > 20:
+            raise RuntimeError("CUDA error: device lost")
+
+    candidate = OneThread(gone_soon) if device_timed else gone_soon
+    with pytest.raises(
+        MeasurementError, match=r"the candidate failed while it was timed, after \d+ calls: Runtime.*lost"
+    ):
+        compare(candidate, lambda: None, n_blocks=6)
+    n_calls = itertools.count()
+    with pytest.raises(MeasurementError, match="the reference failed"):
+        compare(lambda: None, gone_soon, n_blocks=6)
+
+
+def test_another_batch_size_than_the_targets_is_refused() -> None:
+    target = Target(runtime="torch", batch_size=8, threads=1)
+    with pytest.raises(MeasurementError, match=r"input '0' .* shape \(4, 3\), but Target.batch_size is 8: give"):
+        measure_latency(nn.Linear(3, 2), nn.Linear(3, 2), target, torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_a_larger_model_is_slower(runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(device_module.tempfile, "tempdir", str(tmp_path))
     torch.manual_seed(0)
     small, large = nn.Linear(256, 16), nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 16))
     target = Target(runtime=runtime, threads=1, batch_size=64)

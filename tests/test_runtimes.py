@@ -187,7 +187,7 @@ def test_opening_needs_no_torch_and_sends_no_telemetry(tmp_path: Path) -> None:
 
 
 def test_unknown_runtime_lists_those_there_are() -> None:
-    with pytest.raises(RuntimeUnavailableError, match="no runtime 'tensorflow'; there are openvino, torch"):
+    with pytest.raises(RuntimeUnavailableError, match="'tensorflow'; there are onnxruntime, openvino, torch"):
         get_runtime("tensorflow")
 
 
@@ -208,7 +208,7 @@ def test_missing_package_names_what_installs_it(monkeypatch: pytest.MonkeyPatch)
         (Target(mode="compiled"), "no mode 'compiled'"),
         (Target(runtime="torch", mode="compiled"), "no mode 'compiled'"),
         (Target(runtime="torch", device="tpu"), "no device 'tpu'"),
-        (Target(runtime="torch", precision="bf16"), "no precision 'bf16'"),
+        (Target(runtime="torch", precision="int8"), "no precision 'int8'"),
     ],
 )
 def test_targets_that_cannot_be_run(target: Target, message: str) -> None:

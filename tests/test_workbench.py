@@ -104,7 +104,7 @@ def test_a_study_that_cannot_be_used_says_why(changes: dict[str, Any], message: 
 
 
 def test_a_runtime_that_is_not_there(opened: Open) -> None:
-    with pytest.raises(RuntimeUnavailableError, match="there is no runtime 'tensorrt'; there are openvino, torch"):
+    with pytest.raises(RuntimeUnavailableError, match="'tensorrt'; there are onnxruntime, openvino, torch"):
         opened(target=Target(runtime="tensorrt"))
     with pytest.raises(RuntimeUnavailableError, match="no precision 'int8'.*f32"):
         opened(target=Target(precision="int8"))

@@ -232,6 +232,14 @@ def ui_command(
     serve_ui(script, study, home=home, tracking_uri=tracking_uri, port=port)
 
 
+@app.command("doctor")
+def doctor_command() -> None:
+    """The machine, its runtimes with their versions, and the bits that kernels really run."""
+    from ranksearch.cli.upkeep import tell_machine
+
+    tell_machine()
+
+
 @app.command("clean")
 def clean_command(
     home: Home = DEFAULT_HOME,

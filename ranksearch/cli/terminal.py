@@ -184,7 +184,10 @@ _FIGURES: dict[str, Callable[[Row], str]] = {
 }
 # Columns of long cells, which wrap where the terminal is narrow, so that figures are never cut.
 _WRAPPED_COLUMNS = ("plan", "why", "mildest that is faster", "smallest", "breaks even at")
-_TEXT_COLUMNS = (*_WRAPPED_COLUMNS, "goals", "without a search", "layer", "choice")
+_TEXT_COLUMNS = (
+    *_WRAPPED_COLUMNS, "goals", "without a search", "layer", "choice",
+    "machine", "runtime", "version", "device", "mode", "precisions",
+)  # fmt: skip
 
 
 def _table(columns: Sequence[str], title: str) -> Table:
@@ -236,8 +239,12 @@ def _outcome(record: "TrialRecord", row: Row | None) -> str:
         return f"{record.reason}; its plan is queued again"
     if row is None:
         return f"failed: {' '.join(str(record.reason).split())}"
-    stopped = record.evaluation.stopped if record.evaluation is not None else None
-    return f"{row['summary']}; stopped: {stopped}" if stopped else str(row["summary"])
+    parts = [str(row["summary"])]
+    if record.evaluation is not None and record.evaluation.stayed_float:
+        parts.append(f"{len(record.evaluation.stayed_float)} of its 8-bit layers ran in float")
+    if record.evaluation is not None and record.evaluation.stopped:
+        parts.append(f"stopped: {record.evaluation.stopped}")
+    return "; ".join(parts)
 
 
 def _faster_by(row: Row) -> str:

@@ -1,17 +1,22 @@
-"""Commands beside the studies: ui, clean."""
+"""Commands beside the studies: doctor, ui, clean."""
 
 import contextlib
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from ranksearch.cache import cache_directory
 from ranksearch.cli.options import study_home
 from ranksearch.cli.stopping import Interrupts
-from ranksearch.cli.terminal import err, say
+from ranksearch.cli.terminal import err, print_table, say
 from ranksearch.home import StudyHome, read_json, studies_in
+
+if TYPE_CHECKING:
+    from ranksearch.doctor import RuntimeReport
 
 
 def serve_ui(script: Path | None, name: str | None, *, home: Path, tracking_uri: str | None, port: int) -> None:
@@ -31,6 +36,37 @@ def serve_ui(script: Path | None, name: str | None, *, home: Path, tracking_uri:
             if server.process is not None:
                 say("Ctrl-C ends it.")
                 server.process.wait()
+
+
+def tell_machine() -> None:
+    """The machine, and what each runtime runs on it."""
+    from ranksearch.doctor import diagnose
+
+    diagnosis = diagnose()
+    print_table(["machine", ""], [[name, _plain(value)] for name, value in diagnosis.machine.items()])
+    runtimes = [
+        [found.name, found.version or "", device, mode, ", ".join(precisions)]
+        for found in diagnosis.runtimes
+        for (device, mode), precisions in found.targets.items()
+    ]
+    print_table(["runtime", "version", "device", "mode", "precisions"], runtimes)
+    _print_bits(diagnosis.runtimes)
+    for found in diagnosis.runtimes:
+        if found.missing is not None:
+            say(f"{found.name}: {found.missing}")
+
+
+def _print_bits(runtimes: "Sequence[RuntimeReport]") -> None:
+    """The bits that kernels run, layers downwards, runtimes and devices across."""
+    places = [(found, device) for found in runtimes for device in dict.fromkeys(device for device, _ in found.bits)]
+    layers = dict.fromkeys(layer for found in runtimes for _, layer in found.bits)
+    rows = [[layer, *(", ".join(found.bits[device, layer]) for found, device in places)] for layer in layers]
+    names = [f"{found.name} {device}" for found, device in places]
+    print_table(["layer", *names], rows, title="weight/activation bits that kernels run")
+
+
+def _plain(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def clean_up(home: Path, yes: bool) -> None:

@@ -29,6 +29,8 @@ SMALLEST_COST = 1e-6
 class Table:
     """The candidates as arrays (n_layers, most candidates); latency and bytes as shares of the dense model's.
 
+    Latency is what the profile's latency model makes of a layer's figure, but for what is the same in every plan.
+
     Rows with fewer candidates are filled up with infinite loss at no cost, which no finite price ever takes.
     """
 
@@ -49,7 +51,7 @@ class Table:
             n_bytes[row, :n] = [c.n_bytes for c in layer.candidates]
         return cls(
             loss=loss,
-            latency=latency / profile.dense_latency_ms,
+            latency=profile.latency_model.slope * latency / profile.dense_latency_ms,
             bytes=n_bytes / profile.dense_bytes,
             dense=tuple(layer.dense for layer in profile.layers),
         )

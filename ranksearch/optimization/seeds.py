@@ -99,8 +99,14 @@ def next_seed(
         return left[0], seeds.fixed[left[0]]
     tried = [profile.indices(record.plan) for record in history.records]
     best = [profile.indices(record.plan) for record in front(history.records, objectives)]
-    indices = refine(profile, tried, best, left[0] - len(seeds.fixed), objectives)
+    indices = refine(_corrected(profile, history), tried, best, left[0] - len(seeds.fixed), objectives)
     return None if indices is None else (left[0], Seed(origin="prices", control=False, indices=indices))
+
+
+def _corrected(profile: Profile, history: History) -> Profile:
+    """The profile, its latency model fitted to what the study's own trials measured as well."""
+    measured = [(r.plan, r.evaluation.latency_ratio) for r in history.records if r.evaluation is not None]
+    return profile.corrected([profile.indices(plan) for plan, _ in measured], [ratio for _, ratio in measured])
 
 
 def enqueue(study: Study, params: dict[str, int], **attributes: Any) -> None:

@@ -11,8 +11,10 @@ from ranksearch.quantization.modules import (
     quantize_module,
     quantized_modules,
     rescale_weights,
+    round_outputs,
 )
 from ranksearch.quantization.packing import load_packed, packed_state
+from ranksearch.quantization.placement import RoundedOutputs, SharedTensors, rounded_outputs, shared_tensors
 from ranksearch.quantization.ranges import observe_ranges
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedLinear",
+    "RoundedOutputs",
+    "SharedTensors",
     "activation_quantizers",
     "freeze",
     "load_packed",
@@ -29,6 +33,9 @@ __all__ = [
     "quantize_module",
     "quantized_modules",
     "rescale_weights",
+    "round_outputs",
+    "rounded_outputs",
+    "shared_tensors",
     "weight_codes",
     "weight_scale",
 ]

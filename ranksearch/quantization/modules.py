@@ -1,8 +1,8 @@
 """Layers that compute as int8 kernels do: input and weight are rounded, gradients pass straight through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ PLACEHOLDER_RANGE = (0.0, 6.0)
 class ActivationQuantizer(nn.Module):
     """Rounds a tensor to 256 levels between a low and a high value.
 
-    While `observe` is set, it receives every tensor instead, and the tensor passes unrounded.
+    While `observe` is set, it receives every tensor instead, and the tensor passes unrounded. One that rounds the
+    output of another module, `output_of`, lets its own module's input pass, which comes rounded; `readers` names the
+    other quantized modules that read that output.
     """
 
     scale: Tensor
@@ -35,6 +37,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.observe: Callable[[Tensor], None] | None = None
+        self.output_of: str | None = None
+        self.readers: tuple[str, ...] = ()
         self.set_range(*PLACEHOLDER_RANGE)
 
     @property
@@ -49,6 +53,10 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.fill_(zero_point)
 
     def forward(self, values: Tensor) -> Tensor:
+        return self.round(values) if self.output_of is None else values
+
+    def round(self, values: Tensor) -> Tensor:
+        """The values as 256 levels hold them."""
         if self.observe is not None:
             self.observe(values)
             return values
@@ -65,7 +73,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         _take_weights(self, layer, weight_limit)
         self.weight_limit = weight_limit
-        self.activation = ActivationQuantizer()
+        self.activation: nn.Module = ActivationQuantizer()
 
     def forward(self, inputs: Tensor) -> Tensor:
         return functional.linear(self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias))
@@ -102,7 +110,7 @@ class QuantizedConv1d(nn.Module):
         super().__init__()
         _take_weights(self, layer, weight_limit)
         self.weight_limit = weight_limit
-        self.activation = ActivationQuantizer()
+        self.activation: nn.Module = ActivationQuantizer()
         self._sliding = _sliding(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -120,7 +128,7 @@ class QuantizedConv2d(nn.Module):
         super().__init__()
         _take_weights(self, layer, weight_limit)
         self.weight_limit = weight_limit
-        self.activation = ActivationQuantizer()
+        self.activation: nn.Module = ActivationQuantizer()
         self._sliding = _sliding(layer)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -146,6 +154,45 @@ def quantize_module(module: nn.Module, weight_limit: int = CODE_LIMIT) -> Quanti
     if quantized is None:
         raise TypeError(f"{type(module).__name__} cannot be quantized; only nn.Conv1d, nn.Conv2d and nn.Linear can")
     return quantized(module, weight_limit).train(module.training)
+
+
+def round_outputs(model: nn.Module, inputs: Mapping[str, str], results: Mapping[str, str]) -> None:
+    """Has the outputs of modules rounded (in place), in the order of quantized module to the module it names.
+
+    In `inputs` a quantized module reads that output: its own quantizer moves there, and further ones that read the
+    same output do without. In `results` the output is what the quantized module computes: it gets a quantizer more,
+    `result`. Raises KeyError for a name that is no quantized module of the model.
+    """
+    quantized = quantized_modules(model)
+    groups: dict[str, list[str]] = {}
+    for reader, output_of in inputs.items():
+        groups.setdefault(output_of, []).append(reader)
+    for output_of, (first, *others) in groups.items():
+        quantizer = quantized[first].activation
+        assert isinstance(quantizer, ActivationQuantizer), "a quantizer moves once"
+        quantizer.readers = tuple(others)
+        _round_output(model, output_of, quantizer)
+        for other in others:
+            quantized[other].activation = nn.Identity()
+    for layer, output_of in results.items():
+        quantized[layer].result = quantizer = ActivationQuantizer()
+        _round_output(model, output_of, quantizer)
+
+
+def _round_output(model: nn.Module, output_of: str, quantizer: ActivationQuantizer) -> None:
+    quantizer.output_of = output_of
+    model.get_submodule(output_of).register_forward_hook(_RoundOutput(quantizer))
+
+
+@final
+class _RoundOutput:
+    """A forward hook; it holds the quantizer alone, so that it is copied with its model."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return self.quantizer.round(output)
 
 
 def quantized_weight(module: QuantizedModule) -> Tensor:

@@ -4,11 +4,16 @@ Nothing here imports torch until a model is prepared or serialised: the side tha
 """
 
 from ranksearch.errors import RuntimeUnavailableError
-from ranksearch.runtimes.base import AbstractRuntime, AbstractSession, int8_kernels
-from ranksearch.runtimes.openvino import OpenVINORuntime
-from ranksearch.runtimes.pytorch import TorchRuntime
+from ranksearch.runtimes.base import AbstractRuntime, AbstractSession, DeviceTimed, int8_kernels, stayed_float
+from ranksearch.runtimes.onnx.runtime import OnnxRuntime
+from ranksearch.runtimes.openvino.runtime import OpenVINORuntime
+from ranksearch.runtimes.pytorch.runtime import TorchRuntime
 
-RUNTIMES: dict[str, AbstractRuntime] = {"openvino": OpenVINORuntime(), "torch": TorchRuntime()}
+RUNTIMES: dict[str, AbstractRuntime] = {
+    "onnxruntime": OnnxRuntime(),
+    "openvino": OpenVINORuntime(),
+    "torch": TorchRuntime(),
+}
 
 
 def register_runtime(runtime: AbstractRuntime) -> AbstractRuntime:
@@ -33,9 +38,12 @@ __all__ = [
     "RUNTIMES",
     "AbstractRuntime",
     "AbstractSession",
+    "DeviceTimed",
+    "OnnxRuntime",
     "OpenVINORuntime",
     "TorchRuntime",
     "get_runtime",
     "int8_kernels",
     "register_runtime",
+    "stayed_float",
 ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from ranksearch.errors import RuntimeUnavailableError
 from ranksearch.spec import Target
@@ -25,6 +25,16 @@ INT8_BITS: Bits = (8, 8)
 FULL_WEIGHT_LIMIT = 127
 
 
+@runtime_checkable
+class DeviceTimed(Protocol):
+    """A bound call that runs on a device which works on while the host goes ahead, so that the device must time it."""
+
+    def __call__(self) -> None: ...
+
+    def device_seconds(self, n_calls: int) -> list[float]:
+        """The seconds of each of so many calls in a row, as the device's own clock tells."""
+
+
 class AbstractSession(abc.ABC):
     """A model, opened on its target for inputs of one shape."""
 
@@ -37,11 +47,22 @@ class AbstractSession(abc.ABC):
 
     @abc.abstractmethod
     def bind(self, inputs: Any) -> Callable[[], None]:
-        """A call that runs the model once on these inputs, and nothing besides, for timing."""
+        """A call that runs the model once on these inputs, and nothing besides, for timing.
+
+        Where the device works on after the call has returned, the call is DeviceTimed.
+        """
 
     @abc.abstractmethod
     def kernels(self) -> dict[str, str]:
         """Which kernel runs each node: `Convolution jit_avx2_I8`."""
+
+    @abc.abstractmethod
+    def layer_kernels(self) -> dict[str, str]:
+        """Which kernel runs each layer, by the layer's dotted name in the model that was prepared or serialised.
+
+        A kernel that multiplies integers ends in `i8` or `u8`, whatever the case. A layer that the runtime took away
+        is missing.
+        """
 
     @abc.abstractmethod
     def constant_bytes(self) -> int:
@@ -104,9 +125,15 @@ class AbstractRuntime(abc.ABC):
         )
 
 
+def stayed_float(wanted: Iterable[str], layer_kernels: Mapping[str, str]) -> dict[str, str]:
+    """Of the layers that are `wanted` in int8 those that run otherwise, with the kernel that runs each."""
+    kernels = {name: layer_kernels.get(name, "none") for name in wanted}
+    return {name: kernel for name, kernel in kernels.items() if not re.search(r"[iu]8$", kernel, re.IGNORECASE)}
+
+
 def int8_kernels(kernels: Mapping[str, str]) -> dict[str, str]:
     """The convolutions, products and fully connected nodes that run in int8, out of a session's kernels."""
-    wanted = re.compile(r"(Convolution|FullyConnected|MatMul|GroupConvolution)\b.*[iu]8$", re.IGNORECASE)
+    wanted = re.compile(r"\w*(Conv|FullyConnected|MatMul|Gemm)\w*\b.*[iu]8$", re.IGNORECASE)
     return {node: kernel for node, kernel in kernels.items() if wanted.match(kernel)}
 
 

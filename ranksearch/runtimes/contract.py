@@ -11,7 +11,7 @@ from torch import nn
 
 from ranksearch.layers import call_model, layer_spec
 from ranksearch.quantization import freeze, observe_ranges, quantize_module
-from ranksearch.runtimes.base import INT8_BITS, AbstractRuntime, AbstractSession
+from ranksearch.runtimes.base import INT8_BITS, AbstractRuntime, AbstractSession, stayed_float
 from ranksearch.runtimes.structure import leaves_of
 from ranksearch.spec import Target
 
@@ -91,11 +91,11 @@ def _check_model(runtime: AbstractRuntime, target: Target, model: nn.Module, exa
     )
     with torch.no_grad():
         expected = call_model(model.eval(), example)
-    _check_session(session, example, expected, "prepared")
-    _check_session(opened, example, expected, "opened")
+    _check_session(session, model, example, expected, "prepared")
+    _check_session(opened, model, example, expected, "opened")
 
 
-def _check_session(session: AbstractSession, example: Any, expected: Any, which: str) -> None:
+def _check_session(session: AbstractSession, model: nn.Module, example: Any, expected: Any, which: str) -> None:
     arrays = _arrays(example)
     for _ in range(2):
         _compare(session.run(arrays), _arrays(expected), 1e-3, f"the {which} session")
@@ -103,8 +103,10 @@ def _check_session(session: AbstractSession, example: Any, expected: Any, which:
     for _ in range(2):
         _demand(call() is None, "a bound call gives something; it must give None")
     _compare(session.run(arrays), _arrays(expected), 1e-3, f"the {which} session, after a bound call")
-    kernels = session.kernels()
-    _demand(all(isinstance(k, str) and k for k in kernels.values()), "kernels() holds empty names")
+    _demand(all(isinstance(k, str) and k for k in session.kernels().values()), "kernels() holds empty names")
+    names = [name for name, module in model.named_modules() if layer_spec(module) is not None]
+    found = session.layer_kernels()
+    _demand(sorted(found) == sorted(names), f"layer_kernels() of the {which} session names {list(found)}, not {names}")
 
 
 def _check_bits(runtime: AbstractRuntime, target: Target) -> None:
@@ -124,8 +126,10 @@ def _check_bits(runtime: AbstractRuntime, target: Target) -> None:
             freeze(quantized)
             with torch.no_grad():
                 expected = quantized(example)
-            outputs = runtime.prepare(quantized, example, target).run(_arrays(example))
-            _compare(outputs, _arrays(expected), 0.02, f"{type(layer).__name__} in int8")
+            session = runtime.prepare(quantized, example, target)
+            _compare(session.run(_arrays(example)), _arrays(expected), 0.02, f"{type(layer).__name__} in int8")
+            stayed = stayed_float([""], session.layer_kernels())
+            _demand(not stayed, f"supported_bits({spec}) claims int8, but {stayed[''] if stayed else ''} ran")
 
 
 def _compare(outputs: Any, expected: Any, tolerance: float, what: str) -> None:

@@ -10,10 +10,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "openvino", "onnxruntime", "nncf", "optuna", "ranksearch")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,8 +46,16 @@ def machine() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "processor": names[0].split(":", 1)[1].strip() if names else platform.processor(),
         "date": date.today().isoformat(),
-        **{package: version(package) for package in ("torch", "openvino", "optuna", "ranksearch")},
+        **{package: found for package in PACKAGES if (found := _version(package)) is not None},
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: not every benchmark needs every one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @contextmanager

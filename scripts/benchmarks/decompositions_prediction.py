@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ranksearch.compression import compress
 from ranksearch.layers import call_model, evaluating
+from ranksearch.pareto import non_dominated
 from ranksearch.plan import Plan
 from ranksearch.recovery import reestimate_batchnorm
 from ranksearch.trees import first_examples
@@ -48,9 +49,10 @@ def answer(
         for name, figure in figures.items()
     ]
     scope = (
-        f"{n_plans} random plans per network, ratios of multiply-adds uniform in {RATIOS[0]} to {RATIOS[1]}; Spearman "
-        f"of the summed predicted loss and the KL to dense on {N_MEASURED} validation images after BatchNorm "
-        f"re-estimation on {N_BATCHNORM} training images; bands of {BAND:.0%} with {SMALLEST_BAND} plans or more"
+        f"{n_plans} random plans of undominated candidates, ratios of multiply-adds uniform in {RATIOS[0]} to "
+        f"{RATIOS[1]}; Spearman of the summed predicted loss and the KL to dense on {N_MEASURED} validation images "
+        f"after BatchNorm re-estimation on {N_BATCHNORM} training images; bands of {BAND:.0%} with {SMALLEST_BAND} "
+        "plans or more"
     )
     return {**figures, "target": asdict(targets), "holds": holds, "scope": scope}, lines
 
@@ -86,7 +88,7 @@ def spearman(first: Floats, second: Floats) -> float:
 
 def _measure(subject: Subject, n_plans: int, multiple: int) -> tuple[Floats, Floats, Floats]:
     """Ratios of multiply-adds, predicted and measured losses of random plans, each (n_plans,)."""
-    table = candidates(subject, multiple, fine=False)
+    table = {name: _undominated(layer) for name, layer in candidates(subject, multiple, fine=False).items()}
     dense_macs = sum(layer[0].macs for layer in table.values())
     inputs = list(first_examples(subject.validation, N_MEASURED))
     with evaluating(subject.model):
@@ -106,6 +108,12 @@ def _measure(subject: Subject, n_plans: int, multiple: int) -> tuple[Floats, Flo
             )
     ratios, predicted, losses = np.array(rows, dtype=np.float64).T
     return ratios, predicted, losses
+
+
+def _undominated(layer: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that no other beats in loss, parameters and multiply-adds, as a study offers them."""
+    costs = np.array([(c.loss, c.n_params, c.macs) for c in layer], dtype=np.float64)
+    return [candidate for candidate, stays in zip(layer, non_dominated(costs), strict=True) if stays]
 
 
 def _plans(table: Candidates, n_plans: int) -> Iterator[list[Candidate]]:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from ranksearch.layers import call_model
 from ranksearch.quantization import CODE_LIMIT, freeze, quantized_modules
-from ranksearch.runtimes.openvino import load_nncf, load_openvino, write_structure
+from ranksearch.runtimes.naming import named_layers
+from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 
 N_OWN_CALIBRATION_EXAMPLES = 300
+MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
+NOTE = "ranksearch_layer"
 
 
 def to_openvino(model: nn.Module, example: Any) -> Any:
@@ -65,12 +69,62 @@ def _convert(model: nn.Module, example: Any) -> Any:
         return tuple(leaves_of(values))
 
     converted = _from_trace(_trace(flat, leaves))
+    _note_layers(converted, frozen)
     converted.reshape({i: list(leaf.shape) for i, leaf in enumerate(leaves)})
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
     apply_moc_transformations(converted, cf=True, smart_reshape=False)
+    _name_layers(converted)
     write_structure(converted, "inputs", inputs)
     write_structure(converted, "outputs", outputs[0])
     return converted
+
+
+def _note_layers(converted: Any, model: nn.Module) -> None:
+    """Notes at what multiplies by a layer's weight (in place) which layer that is.
+
+    The front end keeps weights where they are, so that a constant's address tells whose weight it is.
+    """
+    owners = {module.get_parameter("weight").data_ptr(): name for name, module in named_layers(model).items()}
+    for op in converted.get_ops():
+        if op.get_type_name() in MULTIPLYING:
+            address = _constant_address(op.input_value(1))
+            if address in owners:
+                op.get_rt_info()[NOTE] = owners[address]
+
+
+def _name_layers(converted: Any) -> None:
+    """Names after its layer (in place) what was noted; transformations carry notes over but not names."""
+    n_calls: Counter[str] = Counter()
+    for op in converted.get_ordered_ops():
+        if NOTE in op.get_rt_info() and op.get_type_name() in MULTIPLYING:
+            name = op.get_rt_info()[NOTE].astype(str)
+            n_calls[name] += 1
+            own = f"{LAYER_PREFIX}{name}" + (f"#{n_calls[name]}" if n_calls[name] > 1 else "")
+            op.set_friendly_name(own)
+            # A kernel that adds the bias as well goes by the name of the addition.
+            for follower in _arithmetic_behind(op):
+                follower.set_friendly_name(f"{own}/{follower.get_type_name()}")
+
+
+def _arithmetic_behind(op: Any) -> Iterator[Any]:
+    """The scaling by a constant and the addition of one that follow an operation and nothing else reads."""
+    while len(readers := op.output(0).get_target_inputs()) == 1:
+        (reader,) = readers
+        op = reader.get_node()
+        sources = [value.get_node().get_type_name() for value in op.input_values()]
+        if op.get_type_name() not in ("Add", "Multiply") or "Constant" not in sources:
+            return
+        yield op
+
+
+def _constant_address(source: Any) -> int | None:
+    """The address of the constant that a value is made from, by way of each operation's first input."""
+    node = source.get_node()
+    while node.get_type_name() != "Constant":
+        if node.get_input_size() == 0:
+            return None
+        node = node.input_value(0).get_node()
+    return int(node.data.__array_interface__["data"][0])
 
 
 def _on_grid(model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
-"""OpenVINO: opens a model, runs it, names its kernels. Without torch; what converts is openvino_conversion."""
+"""OpenVINO: opens a model, runs it, names its kernels. Without torch; what converts is conversion."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ranksearch.runtimes.base import (
     host_fingerprint,
     int8_kernels,
     require,
+    stayed_float,
 )
 from ranksearch.runtimes.structure import Kind, Structure, leaves_of, structure_of
 from ranksearch.spec import Target
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("f32", "bf16", "f16", "default")
 INFO = "ranksearch"
+# What multiplies by a layer's weight is named after the layer; what its further calls do has `#2` and so on behind.
+LAYER_PREFIX = "layer:"
 # Weights up to here never saturate: 255 * (64 + 64) fits the 16 bits in which some kernels add two products.
 SATURATING_WEIGHT_LIMIT = 64
 
@@ -109,6 +113,9 @@ class OpenVINOSession(AbstractSession):
     def kernels(self) -> dict[str, str]:
         return model_kernels(self._compiled)
 
+    def layer_kernels(self) -> dict[str, str]:
+        return model_layer_kernels(self._compiled)
+
     def constant_bytes(self) -> int:
         return self._constant_bytes
 
@@ -150,13 +157,13 @@ class OpenVINORuntime(AbstractRuntime):
             )
 
     def supported_bits(self, spec: "LayerSpec", target: Target) -> tuple[Bits, ...]:
-        from ranksearch.runtimes.openvino_probe import layer_kernels
+        from ranksearch.runtimes.openvino.probe import layer_kernels
 
         kernels = layer_kernels(spec, target.device, target.precision)
         return (FLOAT_BITS, INT8_BITS) if int8_kernels(kernels) else (FLOAT_BITS,)
 
     def weight_limit(self, target: Target) -> int:
-        from ranksearch.runtimes.openvino_probe import saturates
+        from ranksearch.runtimes.openvino.probe import saturates
 
         return SATURATING_WEIGHT_LIMIT if saturates(target.device) else FULL_WEIGHT_LIMIT
 
@@ -179,12 +186,12 @@ class OpenVINORuntime(AbstractRuntime):
         }
 
     def prepare(self, model: "nn.Module", example: Any, target: Target) -> AbstractSession:
-        from ranksearch.runtimes.openvino_conversion import to_openvino
+        from ranksearch.runtimes.openvino.conversion import to_openvino
 
         return self._session(to_openvino(model, example), target)
 
     def serialise(self, model: "nn.Module", example: Any, target: Target, directory: Path) -> Path:
-        from ranksearch.runtimes.openvino_conversion import to_openvino
+        from ranksearch.runtimes.openvino.conversion import to_openvino
 
         path = Path(directory) / "model.xml"
         load_openvino().save_model(to_openvino(model, example), path, compress_to_fp16=False)
@@ -199,7 +206,7 @@ class OpenVINORuntime(AbstractRuntime):
         self, model: "nn.Module", calibration_inputs: Iterable[Any], example: Any, target: Target
     ) -> AbstractSession:
         require("nncf", "OpenVINO's own int8", "nncf")
-        from ranksearch.runtimes.openvino_conversion import to_openvino_int8
+        from ranksearch.runtimes.openvino.conversion import to_openvino_int8
 
         return self._session(to_openvino_int8(model, calibration_inputs, example), target)
 
@@ -209,13 +216,28 @@ class OpenVINORuntime(AbstractRuntime):
 
 def model_kernels(compiled: Any) -> dict[str, str]:
     """Each executed node of a compiled model with its type and kernel: `Convolution jit_avx2_I8`."""
-    kernels = {}
+    return {name: kernel for name, kernel, _ in _executed(compiled)}
+
+
+def model_layer_kernels(compiled: Any) -> dict[str, str]:
+    """The kernel of each layer; of one that runs several times a kernel that is not int8, where there is one."""
+    found: dict[str, set[str]] = {}
+    for _, kernel, origins in _executed(compiled):
+        for origin in origins:
+            if origin.startswith(LAYER_PREFIX):
+                # NNCF's quantizers put words of their own behind the name.
+                name = re.split("[#/]", origin.removeprefix(LAYER_PREFIX))[0]
+                found.setdefault(name, set()).add(kernel)
+    return {name: min(kernels, key=lambda k: (not stayed_float([k], {k: k}), k)) for name, kernels in found.items()}
+
+
+def _executed(compiled: Any) -> Iterator[tuple[str, str, list[str]]]:
+    """The name, the kernel, and the original nodes of each node that computes."""
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         kind, primitive = info["layerType"].astype(str), info["primitiveType"].astype(str)
         if kind not in ("Const", "Input", "Output"):
-            kernels[node.get_friendly_name()] = f"{kind} {primitive}"
-    return kernels
+            yield node.get_friendly_name(), f"{kind} {primitive}", info["originalLayersNames"].astype(str).split(",")
 
 
 def write_structure(model: Any, side: str, structure: Structure) -> None:

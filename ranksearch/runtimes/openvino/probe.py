@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ranksearch.runtimes.openvino import core, load_openvino, model_kernels
+from ranksearch.runtimes.openvino.runtime import core, load_openvino, model_kernels
 
 if TYPE_CHECKING:
     from ranksearch.layers import ConvSpec, LayerSpec

@@ -1,0 +1,198 @@
+"""From torch modules to ONNX models."""
+
+import copy
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from traceback import walk_tb
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ranksearch.errors import MeasurementError
+from ranksearch.layers import call_model
+from ranksearch.quantization import CODE_LIMIT, freeze, quantized_modules
+from ranksearch.runtimes.naming import named_layers
+from ranksearch.runtimes.onnx.graph import Graph
+from ranksearch.runtimes.onnx.integers import multiply_integers
+from ranksearch.runtimes.onnx.quantizers import fold_batch_norms, round_after_moves, share_quantizers, store_codes
+from ranksearch.runtimes.onnx.session import LAYER_PREFIX, write_layers_of_outputs, write_structure
+from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
+
+OPSET = 17
+MULTIPLYING = ("Conv", "Gemm", "MatMul")
+# What a convolution may take in.
+FUSED = ("BatchNormalization", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
+PER_CHANNEL = "aten::fake_quantize_per_channel_affine"
+
+
+class _Flat(nn.Module):
+    """The model from a flat list of tensors to a tuple of tensors, which export handles surely."""
+
+    def __init__(self, model: nn.Module, inputs: Structure) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = inputs
+        self.outputs: Structure | None = None
+        self.input_names = _unlike(inputs, "input", ())
+        # The exporter, which holds this list, reads it after it has called the model.
+        self.output_names: list[str] = []
+
+    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        values = call_model(self.model, self.inputs.arrange(leaves))
+        self.outputs = structure_of(values)
+        self.output_names[:] = _unlike(self.outputs, "output", self.input_names)
+        return tuple(leaves_of(values))
+
+
+def to_onnx(model: nn.Module, example: Any, *, on_integers: bool) -> Any:
+    """The model in eval mode as an onnx.ModelProto of static shape, quantized weights stored as int8.
+
+    `on_integers` spells quantized layers out in what ONNX Runtime multiplies integers by on a CPU; else they stay as
+    pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes. Raises MeasurementError, which names the
+    operator and the layer, where ONNX lacks an operator, and where inputs or outputs are nested.
+    """
+    flat, leaves = _flattened(model, example)
+    converted = _exported(flat, leaves)
+    graph = Graph(converted)
+    write_layers_of_outputs(converted, _name_layers(graph, flat))
+    store_codes(graph)
+    share_quantizers(graph)
+    round_after_moves(graph)
+    fold_batch_norms(graph)
+    if on_integers:
+        multiply_integers(graph)
+        converted.opset_import.add(domain="com.microsoft", version=1)
+    graph.store()
+    write_structure(converted, "inputs", flat.inputs)
+    write_structure(converted, "outputs", cast(Structure, flat.outputs))
+    return converted
+
+
+def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...]]:
+    """A copy of the model in eval mode, its quantized weights on their grid, so that export meets no clamp."""
+    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    freeze(frozen)
+    for module in quantized_modules(frozen).values():
+        module.weight_limit = CODE_LIMIT
+    leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
+    return _Flat(frozen, structure_of(example)).eval(), leaves
+
+
+def _exported(flat: _Flat, leaves: tuple[Tensor, ...]) -> Any:
+    import onnx
+
+    written = io.BytesIO()
+    try:
+        # The newer exporter takes ten times as long.
+        with _exporting(), torch.no_grad():
+            torch.onnx.export(
+                flat,
+                leaves,
+                cast(Any, written),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=flat.input_names,
+                output_names=flat.output_names,
+                # As it stands: folding here would lose the names of the weights, and ONNX Runtime folds anyway.
+                training=torch.onnx.TrainingMode.PRESERVE,
+                do_constant_folding=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        where = _failed_layer(error)
+        reason = str(error).strip().splitlines()[0]
+        raise MeasurementError(f"the model cannot be written as ONNX{where}: {reason}") from error
+    return onnx.load_from_string(written.getvalue())
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """While open, torch.onnx is quiet and takes weight codes of -127..127, which it refuses by itself."""
+    log, exporter = torch._C._jit_onnx_log, cast(Any, torch.onnx)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exporter.register_custom_op_symbolic(PER_CHANNEL, _per_channel, OPSET)
+        # It writes the whole graph to stdout where an operator fails.
+        torch._C._jit_onnx_log = _say_nothing
+        try:
+            yield
+        finally:
+            torch._C._jit_onnx_log = log
+            exporter.unregister_custom_op_symbolic(PER_CHANNEL, OPSET)
+
+
+def _say_nothing(*_: Any) -> None:
+    pass
+
+
+def _per_channel(g: Any, values: Any, scale: Any, zero_point: Any, axis: Any, low: Any, high: Any) -> Any:
+    """A fake quantizer of weights as QuantizeLinear and DequantizeLinear, of int8 wherever the codes are signed."""
+    axis, low = (int(value.node().t("value")) for value in (axis, low))
+    dtype = torch.onnx.TensorProtoDataType.INT8 if low < 0 else torch.onnx.TensorProtoDataType.UINT8
+    zero = g.op("Cast", zero_point, to_i=dtype)
+    codes = g.op("QuantizeLinear", values, scale, zero, axis_i=axis)
+    return g.op("DequantizeLinear", codes, scale, zero, axis_i=axis)
+
+
+def _failed_layer(error: BaseException) -> str:
+    """` (layer 'features.3')` of the node that torch.onnx stumbled over, where its traceback still holds it."""
+    for frame, _ in walk_tb(error.__traceback__):
+        scope = getattr(frame.f_locals.get("node"), "scopeName", str)()
+        names = [part.rsplit("::", 1)[-1] for part in scope.split("/") if "::" in part]
+        # Members of a container are told with the container's own name in front.
+        steps = [name.removeprefix(f"{before}.") for before, name in zip(["", *names], names, strict=False) if name]
+        if steps:
+            return f" (layer {'.'.join(steps[1:])!r})" if len(steps) > 1 else ""
+    return ""
+
+
+def _unlike(structure: Structure, side: str, taken: Sequence[str]) -> list[str]:
+    """Names of inputs or outputs: a mapping's keys, but none that is taken."""
+    if structure.kind != "mapping":
+        return [f"{side}_{name}" for name in structure.names]
+    return [f"{side}_{name}" if name in taken else name for name in structure.names]
+
+
+def _name_layers(graph: Graph, flat: _Flat) -> dict[str, str]:
+    """Names after its layer (in place) what multiplies by the layer's weight.
+
+    Gives the layers that make outputs of the model, by the output.
+    """
+    owners = {id(layer._parameters["weight"]): name for name, layer in named_layers(flat.model).items()}
+    parameters = flat.named_parameters(remove_duplicate=False)
+    layers = {name: owners[id(parameter)] for name, parameter in parameters if id(parameter) in owners}
+    n_calls: Counter[str] = Counter()
+    layers_of_outputs = {}
+    for node in graph.nodes(*MULTIPLYING):
+        weight = node.input[1]
+        while (maker := graph.maker(weight, "Transpose", "QuantizeLinear", "DequantizeLinear")) is not None:
+            weight = maker.input[0]
+        if weight in layers:
+            layer = layers[weight]
+            n_calls[layer] += 1
+            node.name = f"{LAYER_PREFIX}{layer}#{n_calls[layer]}"
+            output = _name_values(graph, node)
+            if output is not None:
+                layers_of_outputs[output] = layer
+    return layers_of_outputs
+
+
+def _name_values(graph: Graph, node: Any) -> str | None:
+    """Names what a layer makes, and what is made of that alone, after the layer (in place).
+
+    ONNX Runtime names a convolution on blocked channels after the value that it makes, together with what it took
+    in. Gives the output of the model that this ends at, if it does.
+    """
+    last = node
+    while last is not None:
+        value: str = last.output[0]
+        if value in graph.outputs:
+            return value
+        named = graph.fresh(f"{node.name}/{last.op_type}")
+        graph.redirect(value, named)
+        graph.change(last, output=named)
+        last = graph.only_reader(named, *FUSED)
+    return None

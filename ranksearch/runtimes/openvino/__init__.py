@@ -1,0 +1,1 @@
+"""OpenVINO: what opens and runs models, without torch; what converts them; and what its int8 kernels do."""

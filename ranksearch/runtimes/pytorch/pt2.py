@@ -1,0 +1,87 @@
+"""Torch programs on disk, by torch.export, and the names of the layers in them."""
+
+import warnings
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from ranksearch.errors import MeasurementError, RuntimeUnavailableError
+from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
+from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, in_precision
+from ranksearch.runtimes.structure import leaves_of, structure_of
+from ranksearch.spec import Target
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, QuantizedLinear, QuantizedConv1d, QuantizedConv2d)
+# What torch.export keeps of a module's class.
+LAYER_CLASSES = {f"{kind.__module__}.{kind.__qualname__}" for kind in _LAYERS} | {"transformers.pytorch_utils.Conv1D"}
+
+
+def write_program(model: nn.Module, example: Any, target: Target, path: Path) -> None:
+    """Exports a copy of the model in the target's precision to `path`, with its example.
+
+    Raises MeasurementError where torch.export cannot.
+    """
+    module = deepcopy(model).eval().to("cpu", DTYPES.get(target.precision))
+    inputs = in_precision(example, target)
+    named = inputs if structure_of(inputs).kind == "mapping" else None
+    placed = () if named else tuple(tensor.cpu() for tensor in leaves_of(inputs))
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, placed, named, strict=False)
+    except Exception as error:
+        raise MeasurementError(
+            f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    torch.export.save(program, path)
+
+
+def read_program(path: Path, target: Target, place: torch.device | None) -> Loaded:
+    """What write_program wrote, moved to `place` with the constants that its graph holds.
+
+    Raises RuntimeUnavailableError where it was written in another precision than the target's.
+    """
+    with warnings.catch_warnings():
+        # Torch 2.11 and its like tell of their own buffers while they read.
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+        program = torch.export.load(path)
+    if place is not None:
+        with torch.no_grad():
+            program = move_to_device_pass(program, str(place))
+    arguments, named = program.example_inputs
+    example = dict(named) if named else tuple(arguments) if len(arguments) != 1 else arguments[0]
+    _check_precision(path, program, leaves_of(example), target)
+    module = program.module()
+    kinds = _kinds(module)
+    holders = {name.rpartition(".")[0] for name, _ in module.named_parameters()}
+    layers = frozenset(name for name, kind in kinds.items() if kind in LAYER_CLASSES)
+    parts = {name: kinds.get(name, "Module").rpartition(".")[2] for name in kinds | dict.fromkeys(sorted(holders))}
+    return Loaded(
+        module=module,
+        example=example,
+        parts={name: kind for name, kind in parts.items() if name in holders | layers},
+        layers=layers,
+    )
+
+
+def _kinds(module: torch.fx.GraphModule) -> dict[str, str]:
+    """The class of each module that the graph's nodes come from, by its name in the model that was exported."""
+    kinds: dict[str, str] = {}
+    for node in module.graph.nodes:
+        for name, kind in (node.meta.get("nn_module_stack") or {}).values():
+            kinds.setdefault(name, kind)
+    return kinds
+
+
+def _check_precision(path: Path, program: ExportedProgram, example: list[torch.Tensor], target: Target) -> None:
+    floats = {t.dtype for t in (*program.state_dict.values(), *example) if t.is_floating_point()}
+    wanted = DTYPES.get(target.precision)
+    if floats and (wanted not in floats if wanted else floats & set(DTYPES.values())):
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in floats))
+        raise RuntimeUnavailableError(
+            f"{path} holds a model in {found}; serialise it anew for precision {target.precision!r}"
+        )

@@ -1,0 +1,53 @@
+"""Can a measured latency be believed, is it predicted well, and what do bits and layers cost on the target?
+
+Each question is a module of its own, which says what it asks and what its target is, and is imported when it is asked:
+`itself` (latency_itself.py), one model against itself on a busy machine; `prediction` (latency_prediction.py), layers'
+latencies added up against those of whole plans; `int8` (latency_int8.py), int8 against the runtime's own; `profile`
+(latency_profile.py), the time that the table of candidates takes. `--quick` asks each a smaller question.
+"""
+
+import argparse
+import importlib
+from typing import Any
+
+import torch
+from common import options, report
+
+QUESTIONS = ("itself", "prediction", "int8", "profile")
+Answer = dict[str, Any]
+
+
+def main() -> None:
+    parser = options(__doc__ or "")
+    parser.add_argument("--only", choices=QUESTIONS, help="one question instead of all")
+    arguments = parser.parse_args()
+    lines: list[str] = []
+    answers: dict[str, Answer] = {}
+    for name in [arguments.only] if arguments.only else QUESTIONS:
+        answers[name], text = ask(name, arguments)
+        answer = answers[name]
+        lines += [f"{name}: {answer['scope']}", *text, "holds" if answer["holds"] else "FALLS SHORT", ""]
+    figures = {
+        "figures": answers,
+        "holds": all(answer["holds"] for answer in answers.values()),
+        "scope": "; ".join(f"{name}: {answer['scope']}" for name, answer in answers.items()),
+        "threads": torch.get_num_threads(),
+    }
+    report(arguments, lines, figures)
+
+
+def ask(name: str, arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
+    """The answer of `latency_NAME.answer(arguments)`; one that does not hold where there is no such module."""
+    module = f"latency_{name}"
+    try:
+        question = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        return {"holds": False, "scope": f"not asked: there is no {module}.py"}, []
+    answer: tuple[Answer, list[str]] = question.answer(arguments)
+    return answer
+
+
+if __name__ == "__main__":
+    main()
