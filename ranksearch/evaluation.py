@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ranksearch.compression import calibrate_ranges, compress, count_params, rebuild
-from ranksearch.device import device_lock
 from ranksearch.factorisations import Factorisations
-from ranksearch.latency import Latency, compare
+from ranksearch.latency import Latency
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
 from ranksearch.quantization import freeze, quantized_modules
@@ -21,7 +20,7 @@ from ranksearch.runtimes import stayed_float
 from ranksearch.scoring import output_distance, paired_drop
 from ranksearch.spec import Objective
 from ranksearch.weights import packed_bytes
-from ranksearch.workbench import Workbench, first_rows, to_arrays
+from ranksearch.workbench import Workbench, first_rows
 
 Rung = Literal["latency", "quick", "fine_tuned", "full"]
 
@@ -136,17 +135,11 @@ class Evaluator:
             model_bytes, n_params = packed_bytes(candidate), count_params(candidate)
             macs = count_macs(candidate, first_rows(bench.calibration, 1))
         with self._timed(seconds, "convert"):
-            session = bench.runtime.prepare(candidate, bench.example, bench.spec.target)
-            run = session.bind(to_arrays(bench.example))
+            session = bench.prepare(candidate)
             in_float = stayed_float(quantized_modules(candidate), session.layer_kernels())
-        with self._timed(seconds, "latency"), device_lock(bench.spec.target):
-            latency = compare(
-                run,
-                bench.dense.run,
-                n_blocks=N_LATENCY_BLOCKS,
-                narrow=NARROW,
-                max_seconds=self.max_latency_seconds,
-                seed=bench.spec.seed,
+        with self._timed(seconds, "latency"):
+            latency = bench.compare(
+                session, n_blocks=N_LATENCY_BLOCKS, narrow=NARROW, max_seconds=self.max_latency_seconds
             )
         return {
             "plan": plan,

@@ -72,8 +72,10 @@ def compare(
     interval is within `narrow` of the ratio on either side. A DeviceTimed call is timed by its device, any other by
     `clock`. `$RANKSEARCH_MAX_TIMING_SECONDS` caps `max_seconds`: a quick look, paid for with wider intervals.
 
-    Raises MeasurementError where a call fails, or takes no time by its clock.
+    Raises MeasurementError where a call fails, takes no time by its clock, or only one of the two is DeviceTimed.
     """
+    if isinstance(candidate, DeviceTimed) != isinstance(reference, DeviceTimed):
+        raise MeasurementError("candidate and reference must be timed by one clock; make both calls with timed_call")
     max_seconds = min(max_seconds, float(os.environ.get("RANKSEARCH_MAX_TIMING_SECONDS", "inf")))
     start = clock()
     calls = {

@@ -9,15 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ranksearch.device import device_lock
+from ranksearch.device import other_cores
 from ranksearch.errors import MeasurementError
 from ranksearch.evaluation import latency_columns
 from ranksearch.home import StudyHome, read_json, write_json
-from ranksearch.latency import compare
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
 from ranksearch.spec import load_study
-from ranksearch.workbench import SessionModel, Workbench, open_workbench, to_arrays
+from ranksearch.workbench import SessionModel, Workbench, open_workbench
 
 Figures = dict[str, float | None]
 
@@ -74,7 +73,7 @@ def remeasure_plans(
         if plan_hash in known or artefact is None:
             continue
         on_plan(plan_hash)
-        session = bench.runtime.open(home.plan(plan_hash) / artefact, bench.spec.target)
+        session = bench.open(home.plan(plan_hash) / artefact)
         known[plan_hash] = judge.figures(session, dense_latency_ms)
         write_json(home.remeasured, known)
     return known
@@ -97,10 +96,7 @@ class Judge:
 
     def latency(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
         """The session's latency, interleaved with dense."""
-        bench = self.bench
-        run = session.bind(to_arrays(bench.example))
-        with device_lock(bench.spec.target):
-            latency = compare(run, bench.dense.run, n_blocks=40, max_seconds=self.max_seconds, seed=bench.spec.seed)
+        latency = self.bench.compare(session, n_blocks=40, max_seconds=self.max_seconds)
         return dict(latency_columns(latency, dense_latency_ms))
 
     def accuracy(self, session: AbstractSession, split: str, prefix: str) -> Figures:
@@ -145,8 +141,9 @@ def target_record(bench: Workbench) -> dict[str, Any]:
 def main() -> None:
     """`python -m ranksearch.remeasure SCRIPT HOME DENSE_LATENCY_MS PLAN_HASH...`"""
     script, directory, dense_latency_ms, *plan_hashes = sys.argv[1:]
-    bench = open_workbench(load_study(script))
-    remeasure_plans(bench, StudyHome(Path(directory)), plan_hashes, float(dense_latency_ms))
+    study = load_study(script)
+    with other_cores(study.target):
+        remeasure_plans(open_workbench(study), StudyHome(Path(directory)), plan_hashes, float(dense_latency_ms))
 
 
 if __name__ == "__main__":

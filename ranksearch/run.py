@@ -10,6 +10,7 @@ from typing import Any
 from ranksearch.candidates import Profile
 from ranksearch.compression import check_plan
 from ranksearch.controls import control_plans, measure_controls
+from ranksearch.device import other_cores
 from ranksearch.evaluation import Evaluation, Evaluator
 from ranksearch.export import write_bundle
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
@@ -70,7 +71,7 @@ def search(
     resolve_tracking_uri(tracking_uri)
     told = progress or Silent()
     place = StudyHome(Path(home) / study.name)
-    with coordinator_lock(place.directory, around=True):
+    with coordinator_lock(place.directory, around=True), other_cores(study.target):
         told.stage("loading model and data")
         bench = open_workbench(study)
         # Units that do not fit the score are told of now, whatever the latency will be.
@@ -83,9 +84,10 @@ def search(
 
 def profile(study: StudySpec, *, on_layer: Callable[[str], None] = lambda _name: None) -> Profile:
     """The study's candidate table, measured now; nothing is stored."""
-    bench = open_workbench(study)
-    latency_ms, _ = dense_latency(bench)
-    return make_profile(bench, bench.factorisations(), control_plans(bench), latency_ms, on_layer)
+    with other_cores(study.target):
+        bench = open_workbench(study)
+        latency_ms, _ = dense_latency(bench)
+        return make_profile(bench, bench.factorisations(), control_plans(bench), latency_ms, on_layer)
 
 
 def evaluate(study: StudySpec, plan: Plan) -> Evaluation:
@@ -95,7 +97,12 @@ def evaluate(study: StudySpec, plan: Plan) -> Evaluation:
 
 def evaluate_row(study: StudySpec, plan: Plan) -> tuple[Row, Evaluation]:
     """The plan's figures as a row of the front, judged by the study's goals, and as they were measured."""
-    bench = open_workbench(study)
+    with other_cores(study.target):
+        return _evaluated(open_workbench(study), plan)
+
+
+def _evaluated(bench: Workbench, plan: Plan) -> tuple[Row, Evaluation]:
+    study = bench.spec
     check_plan(bench.model, plan)
     latency_ms, _ = dense_latency(bench)
     limits = resolve_goals(study.goals, bench.dense.scores.value, latency_ms, bench.dense.model_bytes)

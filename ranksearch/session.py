@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ranksearch.cache import Cache, cache_directory, write_atomically
 from ranksearch.candidates import Profile
 from ranksearch.controls import control_plans
@@ -14,13 +16,17 @@ from ranksearch.errors import StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.identity import profile_identity
-from ranksearch.latency import compare
 from ranksearch.layer_timing import LayerTimer, PlanTimer
+from ranksearch.machine import machine_state
 from ranksearch.plan import Plan
 from ranksearch.profiling import ProfileMaker
 from ranksearch.remeasure import target_record
+from ranksearch.runtimes import differing_keys
+from ranksearch.spec import Target
 from ranksearch.staircase import measure_staircase
-from ranksearch.workbench import Workbench, to_arrays
+from ranksearch.workbench import Workbench
+
+N_OPENINGS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +87,13 @@ def start_over(home: StudyHome) -> None:
 
 
 def dense_latency(bench: Workbench) -> tuple[float, float]:
-    """Dense's latency on the target in ms, and the noise floor: how far the same model differs from itself."""
-    again = bench.dense.session.bind(to_arrays(bench.example))
-    with device_lock(bench.spec.target):
-        latency = compare(again, bench.dense.run, n_blocks=40, max_seconds=3.0, seed=bench.spec.seed)
-    return latency.reference_ms, max(abs(latency.ratio_low - 1), abs(latency.ratio_high - 1))
+    """Dense's latency on the target in ms, and the noise floor: how far the same model differs from itself.
+
+    It is opened anew several times: where its memory lies makes a difference too.
+    """
+    times = [bench.compare(bench.prepare(bench.model), n_blocks=20, max_seconds=1.0) for _ in range(N_OPENINGS)]
+    noise = max(abs(end - 1) for latency in times for end in (latency.ratio_low, latency.ratio_high))
+    return float(np.median([latency.reference_ms for latency in times])), noise
 
 
 def make_profile(
@@ -129,8 +137,8 @@ def make_profile(
 def _check_machine(record: dict[str, Any], now: dict[str, Any], name: str) -> None:
     """Raises StudyError where the same target is another machine now; another target is told as a difference."""
     then, here = record["fingerprint"], now["fingerprint"]
-    differing = [f"{key} {then.get(key)}, now {here[key]}" for key in here if then.get(key) != here[key]]
-    if differing and record["target"] == now["target"]:
+    differing = [f"{key} {then.get(key)}, now {here[key]}" for key in differing_keys(then, here)]
+    if differing and Target(**record["target"]) == Target(**now["target"]):
         raise StudyError(
             f"study {name!r} was timed elsewhere ({'; '.join(differing)}), and latencies of two machines cannot be "
             "compared; go on there, or start over with --new"
@@ -157,6 +165,7 @@ def _begin(bench: Workbench, home: StudyHome, profile: Profile, latency_ms: floa
         "dense_accuracy": bench.dense.scores.value,
         "dense_bytes": bench.dense.model_bytes,
         "skipped": dict(bench.found.skipped),
+        "machine": machine_state(bench.spec.target),
         **target_record(bench),
     }
     write_atomically(home.candidates, profile.to_json().encode())

@@ -1,7 +1,7 @@
 """Check that an export folder does what it claims: alone, and with the study it came from."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranksearch.cache import content_hash
+from ranksearch.device import timed_cores
 from ranksearch.errors import RankSearchError, StudyError
 from ranksearch.export import (
     PLAN,
@@ -25,7 +26,7 @@ from ranksearch.home import read_json
 from ranksearch.layers import call_model, evaluating
 from ranksearch.plan import Plan
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge
-from ranksearch.runtimes import get_runtime
+from ranksearch.runtimes import differing_keys, get_runtime
 from ranksearch.spec import Target
 from ranksearch.workbench import Workbench, to_arrays
 
@@ -85,11 +86,12 @@ def _is_whole(directory: Path, record: Mapping[str, Any]) -> bool:
 
 def _verify_artefact(directory: Path, record: Mapping[str, Any]) -> Iterator[Check]:
     target = Target(**record["target"])
-    runtime = get_runtime(target.runtime)
-    runtime.check(target)
-    session = runtime.open(directory / record["artefact"], target)
+    with timed_cores(target):
+        runtime = get_runtime(target.runtime)
+        runtime.check(target)
+        session = runtime.open(directory / record["artefact"], target)
     kernels = count_kernels(session.kernels())
-    same_machine = runtime.fingerprint(target) == record["fingerprint"]
+    same_machine = not differing_keys(record["fingerprint"], runtime.fingerprint(target))
     yield Check(
         name="kernels are those that were timed",
         holds=kernels == record["kernels"] or not same_machine,
@@ -137,15 +139,15 @@ def verify_measured(directory: Path, bench: Workbench, max_seconds: float = MAX_
     record = _read_record(directory)
     if not _is_whole(directory, record):
         return
-    if record["target"] != asdict(bench.spec.target):
+    if Target(**record["target"]) != bench.spec.target:
         found = f"the study's is {bench.spec.target}, the folder's {record['target']}"
         yield Check(name="the study's target is the folder's", holds=False, found=found)
         return
     claimed = record["measured"]
     judge = Judge(bench, max_seconds)
-    open_anew = partial(bench.runtime.open, directory / record["artefact"], bench.spec.target)
+    open_anew = partial(bench.open, directory / record["artefact"])
     yield _check_drop(judge.accuracy(open_anew(), "validation", "runtime_"), claimed)
-    same_machine = bench.runtime.fingerprint(bench.spec.target) == record["fingerprint"]
+    same_machine = not differing_keys(record["fingerprint"], bench.runtime.fingerprint(bench.spec.target))
     checks: list[Check] = []
     while len(checks) < LATENCY_ATTEMPTS and not any(check.holds for check in checks):
         # Opened anew: where its memory lies makes a difference too.

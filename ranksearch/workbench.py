@@ -4,6 +4,7 @@ import copy
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, final
 
 import numpy as np
@@ -13,8 +14,10 @@ from torch import nn
 from ranksearch.cache import Cache, cache_directory
 from ranksearch.compression import count_params
 from ranksearch.decompositions import get_decomposition
+from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
+from ranksearch.latency import Latency, compare, timed_call
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
 from ranksearch.quantization import SharedTensors, shared_tensors
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime
@@ -64,6 +67,23 @@ class Workbench:
         """What recovery trains on."""
         return self.data.calibration if self.data.train is None else self.data.train
 
+    def prepare(self, model: nn.Module) -> AbstractSession:
+        """The model on the target, its threads on the target's cores where it names any."""
+        with timed_cores(self.spec.target):
+            return self.runtime.prepare(model, self.example, self.spec.target)
+
+    def open(self, artefact: Path) -> AbstractSession:
+        """A serialised model on the target, likewise."""
+        with timed_cores(self.spec.target):
+            return self.runtime.open(artefact, self.spec.target)
+
+    def compare(self, session: AbstractSession, **options: Any) -> Latency:
+        """The session's latency beside dense's, alone on the device; options are those of latency.compare."""
+        target = self.spec.target
+        call = timed_call(session, to_arrays(self.example), target)
+        with timed_cores(target), device_lock(target):
+            return compare(call, self.dense.run, seed=self.spec.seed, **options)
+
     @property
     def weight_limit(self) -> int:
         """The largest int8 weight code that the target's kernels take."""
@@ -86,8 +106,10 @@ def open_workbench(spec: StudySpec) -> Workbench:
     Raises StudyError for a model without compressible layers, data that yields nothing, too little or not the same
     twice, a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
     """
-    runtime = get_runtime(spec.target.runtime)
-    runtime.check(spec.target)
+    check_cores(spec.target)
+    with timed_cores(spec.target):
+        runtime = get_runtime(spec.target.runtime)
+        runtime.check(spec.target)
     _check_decompositions(spec)
     model = copy.deepcopy(_given(spec, "model", spec.model(), nn.Module)).eval()
     data = _given(spec, "data", spec.data(), Data)
@@ -102,12 +124,13 @@ def open_workbench(spec: StudySpec) -> Workbench:
     example = first_rows(calibration, spec.target.batch_size)
     # On the example, so that layers are timed at the batch size of the target.
     found = _selected(compressible_layers(model, example), spec)
-    session = runtime.prepare(model, example, spec.target)
+    with timed_cores(spec.target):
+        session = runtime.prepare(model, example, spec.target)
     scores = score_model(model, data.validation, spec.score)
     dense = Dense(
         scores=scores,
         session=session,
-        run=session.bind(to_arrays(example)),
+        run=timed_call(session, to_arrays(example), spec.target),
         model_bytes=packed_bytes(model),
         n_params=count_params(model),
         macs=count_macs(model, first_rows(calibration, 1)),

@@ -186,14 +186,19 @@ def test_a_device_that_goes_away_is_told(device_timed: bool) -> None:
         if next(n_calls) > 20:
             raise RuntimeError("CUDA error: device lost")
 
-    candidate = OneThread(gone_soon) if device_timed else gone_soon
+    wrap: Callable[[Callable[[], None]], Callable[[], None]] = OneThread if device_timed else lambda call: call
     with pytest.raises(
         MeasurementError, match=r"the candidate failed while it was timed, after \d+ calls: Runtime.*lost"
     ):
-        compare(candidate, lambda: None, n_blocks=6)
+        compare(wrap(gone_soon), wrap(lambda: None), n_blocks=6)
     n_calls = itertools.count()
     with pytest.raises(MeasurementError, match="the reference failed"):
-        compare(lambda: None, gone_soon, n_blocks=6)
+        compare(wrap(lambda: None), wrap(gone_soon), n_blocks=6)
+
+
+def test_two_clocks_are_refused() -> None:
+    with pytest.raises(MeasurementError, match="must be timed by one clock"):
+        compare(OnDevice(0.003), lambda: None)
 
 
 def test_another_batch_size_than_the_targets_is_refused() -> None:

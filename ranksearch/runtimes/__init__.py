@@ -4,7 +4,14 @@ Nothing here imports torch until a model is prepared or serialised: the side tha
 """
 
 from ranksearch.errors import RuntimeUnavailableError
-from ranksearch.runtimes.base import AbstractRuntime, AbstractSession, DeviceTimed, int8_kernels, stayed_float
+from ranksearch.runtimes.base import (
+    AbstractRuntime,
+    AbstractSession,
+    DeviceTimed,
+    differing_keys,
+    int8_kernels,
+    stayed_float,
+)
 from ranksearch.runtimes.onnx.runtime import OnnxRuntime
 from ranksearch.runtimes.openvino.runtime import OpenVINORuntime
 from ranksearch.runtimes.pytorch.runtime import TorchRuntime
@@ -42,6 +49,7 @@ __all__ = [
     "OnnxRuntime",
     "OpenVINORuntime",
     "TorchRuntime",
+    "differing_keys",
     "get_runtime",
     "int8_kernels",
     "register_runtime",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from ranksearch.errors import RuntimeUnavailableError
+from ranksearch.machine import isa_flags
 from ranksearch.spec import Target
 
 if TYPE_CHECKING:
@@ -145,27 +146,36 @@ def require(module: str, wanted_by: str, extra: str | None) -> None:
 
 
 def available_threads(target: Target) -> int:
-    """The target's threads, or all cores that this process may use."""
+    """The target's threads, or one for each of its cores, or for each that this process may use."""
     if target.threads is not None:
         return target.threads
+    if target.cores is not None:
+        return len(target.core_numbers())
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
+def differing_keys(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """In what two fingerprints differ; what the earlier one did not record yet does not count."""
+    return [key for key in now if then.get(key, now[key]) != now[key]]
+
+
 def host_fingerprint() -> dict[str, str]:
-    """The machine, whatever the runtime: system, processor, cores."""
+    """The machine, whatever the runtime: system, processor, the instruction sets that choose kernels, cores."""
     return {
         "system": platform.system(),
         "machine": platform.machine(),
         "processor": _processor(),
+        "isa": isa_flags(_cpuinfo()),
         "cores": str(os.cpu_count() or 1),
     }
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
