@@ -186,12 +186,14 @@ MOMENTS = {
 def search_through_kills(commands: Commands, folder: Path) -> Searched:
     """The same command again and again, until nothing stops it."""
     script = write_study(folder)
+    # Other tests may have profiled this study: with a cache of its own it is profiled here, and killed meanwhile.
+    own_cache = str(folder / "cache")
     words = ("run", script.name, "--trials", str(TRIALS), "--grace")
     ended = {
-        name: commands.run(folder, *words, grace, SIGNAL_AT=f"{where}:{int(number)}")
+        name: commands.run(folder, *words, grace, SIGNAL_AT=f"{where}:{int(number)}", RANKSEARCH_CACHE=own_cache)
         for name, (where, number, grace) in MOMENTS.items()
     }
-    ended["at last"] = commands.run(folder, *words, "30s")
+    ended["at last"] = commands.run(folder, *words, "30s", RANKSEARCH_CACHE=own_cache)
     return Searched(folder=folder, script=script, ended=ended)
 
 

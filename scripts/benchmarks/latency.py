@@ -20,6 +20,7 @@ Answer = dict[str, Any]
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--only", choices=QUESTIONS, help="one question instead of all")
+    parser.add_argument("--compiled", action="store_true", help="predict for torch's compile mode as well")
     arguments = parser.parse_args()
     lines: list[str] = []
     answers: dict[str, Answer] = {}

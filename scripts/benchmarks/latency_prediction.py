@@ -61,7 +61,7 @@ FULL_NETWORKS = ("resnet20", "resnet56", "resnet18")
 
 def answer(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The figures of each network: `quick` alone, `compiled` as well on torch's compile mode, where they are set."""
-    quick, compiled = arguments.quick, getattr(arguments, "compiled", False)
+    quick, compiled = arguments.quick, arguments.compiled
     names = ("digits",) if quick else FULL_NETWORKS
     targets, n_plans = (QUICK, 12) if quick else (FULL, 40)
     rows = [_predict(NETWORKS[name](), "openvino", "eager", n_plans) for name in names]
@@ -101,7 +101,7 @@ def _predict(network: Network, runtime_name: str, mode: str, n_plans: int) -> di
     predicted = np.array([profile.predict(plan)[1] for plan in plans], dtype=np.float64)
     unfitted = np.array([table.summed_latency(plan) for plan in plans], dtype=np.float64)
     errors = np.abs(predicted / measured - 1)
-    return {
+    row = {
         "network": network.name,
         "runtime": runtime_name,
         "mode": mode,
@@ -115,6 +115,8 @@ def _predict(network: Network, runtime_name: str, mode: str, n_plans: int) -> di
         "measured_low": float(measured.min()),
         "measured_high": float(measured.max()),
     }
+    print(_line(row), file=sys.stderr)
+    return row
 
 
 def spearman(first: Floats, second: Floats) -> float:
