@@ -25,7 +25,8 @@ def device_lock(target: Target, timeout_seconds: float | None = None) -> Iterato
     Raises MeasurementError where it is not free within `timeout_seconds` (None waits for ever).
     """
     # The device's, whatever the cores: two processes that time on other cores still share caches, memory and power.
-    path = Path(tempfile.gettempdir()) / f"ranksearch-{target.device.replace(':', '-')}.lock"
+    device = "cuda:0" if target.device == "cuda" else target.device  # the first GPU by either name
+    path = Path(tempfile.gettempdir()) / f"ranksearch-{device.replace(':', '-')}.lock"
     if path in _HELD.get():
         yield
         return

@@ -48,6 +48,14 @@ def test_the_lock_excludes_a_second_process(tmp_path: Path, monkeypatch: pytest.
     assert _in_other_process(TRY_LOCK, TMPDIR=str(tmp_path)) == "got it\n"
 
 
+def test_the_first_gpu_has_one_lock_by_either_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module.tempfile, "tempdir", str(tmp_path))
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        with device_lock(Target(device=device)):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranksearch-cuda-0.lock", "ranksearch-cuda-1.lock"]
+
+
 def test_cores_are_numbers_and_ranges() -> None:
     assert Target(cores="0-3,8").core_numbers() == {0, 1, 2, 3, 8}
     assert Target(cores=" 5 , 2-2").core_numbers() == {2, 5}

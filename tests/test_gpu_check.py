@@ -25,10 +25,10 @@ def rooms() -> Iterator[dict[str, Any]]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import gpu_check
-        import gpu_networks
         import gpu_rows
+        import gpu_subjects
 
-        yield {"check": gpu_check, "networks": gpu_networks, "rows": gpu_rows}
+        yield {"check": gpu_check, "networks": gpu_subjects, "rows": gpu_rows}
     finally:
         sys.path[:] = before
 

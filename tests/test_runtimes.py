@@ -131,6 +131,24 @@ def test_supported_bits_are_those_of_kernels_that_run(layer: nn.Module) -> None:
     assert RUNTIMES["torch"].supported_bits(spec, TARGET) == ((32, 32),)
 
 
+class _Bessel(nn.Module):
+    """Applies a function that neither format has an operator for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(self.linear(x))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_an_operator_that_cannot_be_converted_is_named(name: str) -> None:
+    target = Target(runtime=name, batch_size=2, threads=1)
+    with pytest.raises(MeasurementError, match="aten::special_bessel_j0"):
+        get_runtime(name).prepare(_Bessel().eval(), torch.randn(2, 4), target)
+
+
 def test_training_after_prepare_leaves_the_session_alone() -> None:
     model, example = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(4, 4)
     session = OPENVINO.prepare(model, example, TARGET)

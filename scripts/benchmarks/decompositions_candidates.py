@@ -1,6 +1,8 @@
 """Every layer's candidates with their parameters, multiply-adds and predicted loss, as the profile predicts it."""
 
 import itertools
+import math
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from ranksearch.decompositions import DECOMPOSITIONS, AbstractDecomposition, Opt
 from ranksearch.decompositions.base import n_dense_params
 from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating
 from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.profiling import references
 from ranksearch.scoring import output_distance
 from ranksearch.statistics import predicted_loss
 
@@ -64,7 +67,7 @@ def offered_ranks(method: AbstractDecomposition, spec: LayerSpec, options: Optio
 
 
 def candidates(subject: Subject, multiple: int, *, fine: bool) -> dict[str, list[Candidate]]:
-    """Each layer's candidates, dense first, their predicted losses set to scale by one measured KL per layer."""
+    """Each layer's candidates, dense first, their predicted losses set to scale by measured KLs."""
     found = {}
     for name, info in subject.layers.items():
         choices = list(_choices(info.spec, multiple, fine=fine))
@@ -100,21 +103,20 @@ def _closed_form(subject: Subject, name: str, choice: LayerChoice) -> float:
 
 
 def _scale(subject: Subject, name: str, raw: Mapping[LayerChoice, float]) -> float:
-    """Measured over predicted KL of the choice of median loss, with this layer alone compressed."""
-    if not raw:
-        return 1.0
-    ordered = sorted(raw, key=raw.__getitem__)
-    middle = ordered[len(ordered) // 2]
-    compressed = compress(
-        subject.model,
-        Plan(layers={name: middle}),
-        calibration=subject.calibration[:KL_BATCHES],
-        factorisations=subject.factorisations,
-    )
+    """Measured over predicted KL with this layer alone compressed: the geometric mean of the profile's references."""
     inputs = [batch for batch, _ in subject.calibration[KL_BATCHES : 2 * KL_BATCHES]]
     with evaluating(subject.model):
         dense = [call_model(subject.model, batch) for batch in inputs]
-    return max(measured_kl(compressed, inputs, dense, subject.loss), 1e-12) / raw[middle]
+    ratios = []
+    for choice in references(raw):
+        compressed = compress(
+            subject.model,
+            Plan(layers={name: choice}),
+            calibration=subject.calibration[:KL_BATCHES],
+            factorisations=subject.factorisations,
+        )
+        ratios.append(max(measured_kl(compressed, inputs, dense, subject.loss), 1e-12) / raw[choice])
+    return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else 1.0
 
 
 def _candidate(info: LayerInfo, choice: LayerChoice, loss: float) -> Candidate:

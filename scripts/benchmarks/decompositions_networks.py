@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import ROOT
+from networks import cifar_resnet as cifar_resnet_of
 from torch import nn
 
 from ranksearch.factorisations import Factorisations
@@ -18,7 +19,7 @@ from ranksearch.layers import LayerInfo, compressible_layers
 from ranksearch.spec import Batches
 from ranksearch.statistics import collect
 
-# The studies' files by depth: 6 n + 2 layers are n blocks in each of three stages.
+# The data's files by depth.
 CIFAR_WEIGHTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
 CALIBRATION_BATCHES = 8
 DIGITS_WIDTHS, DIGITS_EPOCHS = (24, 48, 48, 48), 6
@@ -78,11 +79,7 @@ def resnet18_layers() -> dict[str, nn.Module]:
 
 
 def _cifar_network(study: Mapping[str, Any], depth: int) -> nn.Module:
-    network = study["ResNet20"]()
-    block, n_blocks = study["BasicBlock"], (depth - 2) // 6
-    for stage, (before, width) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
-        first = block(before, width, 1 if stage == 1 else 2)
-        setattr(network, f"layer{stage}", nn.Sequential(first, *(block(width, width, 1) for _ in range(n_blocks - 1))))
+    network = cifar_resnet_of(depth, study)
     path: Path = study["folder"]() / CIFAR_WEIGHTS[depth]
     state = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
     network.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})

@@ -111,8 +111,8 @@ def run_study(device: str) -> dict[str, Any]:
 
 def run_table(device: str, deadline: float) -> tuple[list[dict[str, Any]], int]:
     """As many rows as the time allows, and how many are left out."""
-    from gpu_networks import LAYERS, NETWORKS, TINY_LAYERS, TINY_NETWORKS
     from gpu_rows import answer, questions
+    from gpu_subjects import LAYERS, NETWORKS, TINY_LAYERS, TINY_NETWORKS
 
     kind = device.partition(":")[0]
     networks, layers = (TINY_NETWORKS, TINY_LAYERS) if kind == "cpu" else (NETWORKS, LAYERS)

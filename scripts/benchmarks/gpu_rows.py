@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from gpu_networks import Subject
+from gpu_subjects import Subject
 from torch import nn
 
 from ranksearch.compression import rebuild

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from gpu_networks import resnet18
+from networks import resnet18
 
 from ranksearch.compression import rebuild
 from ranksearch.latency import Latency, compare

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
 from ranksearch.quantization import CODE_LIMIT, freeze, quantized_modules
 from ranksearch.runtimes.naming import named_layers
@@ -26,7 +28,7 @@ NOTE = "ranksearch_layer"
 def to_openvino(model: nn.Module, example: Any) -> Any:
     """The model in eval mode as an openvino.Model of static shape, quantized weights stored as int8.
 
-    Raises MeasurementError where inputs or outputs are nested.
+    Raises MeasurementError where inputs or outputs are nested, and, naming them, for operators without a rule.
     """
     converted = _convert(model, example)
     from openvino._offline_transformations import compress_quantize_weights_transformation
@@ -150,8 +152,16 @@ def _from_trace(traced: Any) -> Any:
     frontend = FrontEndManager().load_by_framework("pytorch")
     # The front end calls back into the decoder, which Python must keep alive until the end.
     decoder = TorchScriptPythonDecoder(traced)
-    loaded = frontend.load(decoder)
-    return frontend.convert(loaded)
+    try:
+        return frontend.convert(frontend.load(decoder))
+    except Exception as error:  # of openvino's own types, which derive from nothing narrower
+        raise MeasurementError(f"OpenVINO cannot convert the model: {_operators(str(error))}") from error
+
+
+def _operators(message: str) -> str:
+    """What the front end's report says of operators; its whole message where it says nothing of any."""
+    found = re.findall(r"(?:for operations?: |while converting |exception for op: )[^\n]+", message)
+    return "; ".join(line.strip() for line in found) or message.strip()
 
 
 def _batches(calibration_inputs: Iterable[Any], inputs: Structure, n_rows: int) -> Iterator[Any]:

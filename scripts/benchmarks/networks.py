@@ -1,22 +1,15 @@
-"""Networks of the shapes that people run, in plain torch with random weights: ResNet-18, VGG-16, ViT-B/16."""
+"""Networks of the shapes that people run, in plain torch with random weights: ResNets, VGG-16, ViT-B/16."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import runpy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import ROOT
 from torch import Tensor, nn
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """What is timed, and the shape of its input, batch included."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
 
 
 class Block(nn.Module):
@@ -113,43 +106,11 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.layers(tokens))[:, 0])
 
 
-NETWORKS = (
-    Subject(name="ResNet-18 at 224, batch 32", build=resnet18, shape=(32, 3, 224, 224)),
-    Subject(name="ResNet-18 at 224, batch 1", build=resnet18, shape=(1, 3, 224, 224)),
-    Subject(name="VGG-16 at 224, batch 32", build=vgg16, shape=(32, 3, 224, 224)),
-    Subject(name="ViT-B/16 at 224, batch 32", build=VisionTransformer, shape=(32, 3, 224, 224)),
-)
-TINY_NETWORKS = (
-    Subject(name="tiny ResNet-18 at 32, batch 2", build=lambda: resnet18(16), shape=(2, 3, 32, 32)),
-    Subject(name="tiny VGG-16 at 32, batch 2", build=lambda: vgg16(16), shape=(2, 3, 32, 32)),
-    Subject(
-        name="tiny ViT at 32, batch 2",
-        build=lambda: VisionTransformer(width=64, n_layers=1, size=32),
-        shape=(2, 3, 32, 32),
-    ),
-)
-
-
-def _conv(width: int, size: int, batch: int) -> Subject:
-    return Subject(
-        name=f"Conv2d {width} -> {width}, 3x3 at {size}, batch {batch}",
-        build=lambda: nn.Sequential(nn.Conv2d(width, width, 3, padding=1)),
-        shape=(batch, width, size, size),
-    )
-
-
-def _linear(n_inputs: int, n_outputs: int, batch: int) -> Subject:
-    return Subject(
-        name=f"Linear {n_inputs} -> {n_outputs}, {batch} rows",
-        build=lambda: nn.Sequential(nn.Linear(n_inputs, n_outputs)),
-        shape=(batch, n_inputs),
-    )
-
-
-CONVOLUTIONS: Mapping[int, int] = {64: 56, 128: 28, 256: 14, 512: 7}
-LAYERS = (
-    *(_conv(width, size, 32) for width, size in CONVOLUTIONS.items()),
-    _linear(768, 3072, 32 * 197),
-    _linear(4096, 4096, 2048),
-)
-TINY_LAYERS = (_conv(64, 8, 2), _linear(128, 128, 8))
+def cifar_resnet(depth: int, study: Mapping[str, Any] | None = None) -> nn.Module:
+    """He et al.'s for CIFAR-10, as the study has ResNet-20: 6 n + 2 layers are n blocks in each of three stages."""
+    parts = study or runpy.run_path(str(ROOT / "studies" / "resnet20_cifar10.py"))
+    network, block, n_blocks = parts["ResNet20"](), parts["BasicBlock"], (depth - 2) // 6
+    for stage, (before, width) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
+        first = block(before, width, 1 if stage == 1 else 2)
+        setattr(network, f"layer{stage}", nn.Sequential(first, *(block(width, width, 1) for _ in range(n_blocks - 1))))
+    return network
