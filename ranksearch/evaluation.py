@@ -14,9 +14,8 @@ from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
-from ranksearch.quantization import freeze, quantized_modules
+from ranksearch.quantization import freeze
 from ranksearch.recovery import fine_tune, reestimate_batchnorm
-from ranksearch.runtimes import stayed_float
 from ranksearch.scoring import output_distance, paired_drop
 from ranksearch.spec import Objective
 from ranksearch.weights import packed_bytes
@@ -136,7 +135,7 @@ class Evaluator:
             macs = count_macs(candidate, first_rows(bench.calibration, 1))
         with self._timed(seconds, "convert"):
             session = bench.prepare(candidate)
-            in_float = stayed_float(quantized_modules(candidate), session.layer_kernels())
+            in_float = bench.stayed_float(candidate, session)
         with self._timed(seconds, "latency"):
             latency = bench.compare(
                 session, n_blocks=N_LATENCY_BLOCKS, narrow=NARROW, max_seconds=self.max_latency_seconds

@@ -20,8 +20,7 @@ from ranksearch.compression import rebuild
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.home import read_json, write_json
 from ranksearch.plan import Plan, Provenance, Quantizer
-from ranksearch.quantization import activation_quantizers, freeze, quantized_modules
-from ranksearch.runtimes import stayed_float
+from ranksearch.quantization import activation_quantizers, freeze
 from ranksearch.weights import load_stored, stored_state
 from ranksearch.workbench import Workbench, to_arrays
 
@@ -99,7 +98,7 @@ def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path
                 "fingerprint": runtime.fingerprint(target),
                 "artefact": artefact.name,
                 "kernels": count_kernels(session.kernels()),
-                "stayed_float": stayed_float(quantized_modules(model), session.layer_kernels()),
+                "stayed_float": bench.stayed_float(model, session),
                 "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
             },
         )

@@ -19,8 +19,8 @@ from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency, compare, timed_call
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
-from ranksearch.quantization import SharedTensors, shared_tensors
-from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime
+from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
+from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float
 from ranksearch.scoring import Scores, same_twice, score_model
 from ranksearch.spec import Batches, Data, StudySpec
 from ranksearch.statistics import collect
@@ -83,6 +83,12 @@ class Workbench:
         call = timed_call(session, to_arrays(self.example), target)
         with timed_cores(target), device_lock(target):
             return compare(call, self.dense.run, seed=self.spec.seed, **options)
+
+    def stayed_float(self, model: nn.Module, session: AbstractSession) -> dict[str, str]:
+        """The model's 8-bit layers that the session, opened from it, runs in float, with the kernel of each."""
+        quantized = quantized_modules(model)
+        # To tell its kernels a runtime may have to run the model again.
+        return stayed_float(quantized, session.layer_kernels()) if quantized else {}
 
     @property
     def weight_limit(self) -> int:

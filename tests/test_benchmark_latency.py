@@ -27,7 +27,7 @@ def rooms() -> Iterator[dict[str, Any]]:
 
 
 def test_a_question_that_is_not_there_does_not_hold_and_breaks_no_other(rooms: dict[str, Any]) -> None:
-    answer, lines = rooms["latency"].ask("nowhere", argparse.Namespace(quick=True))
+    answer, lines = rooms["latency"].answer("nowhere", argparse.Namespace(quick=True))
     assert not answer["holds"] and answer["scope"] == "not asked: there is no latency_nowhere.py" and not lines
 
 
@@ -36,7 +36,7 @@ def test_a_question_that_does_not_import_says_why(rooms: dict[str, Any], tmp_pat
     sys.path.insert(0, str(tmp_path))
     try:
         with pytest.raises(ModuleNotFoundError, match="no_such_library"):
-            rooms["latency"].ask("broken", argparse.Namespace(quick=True))
+            rooms["latency"].answer("broken", argparse.Namespace(quick=True))
     finally:
         sys.path.remove(str(tmp_path))
 

@@ -92,6 +92,11 @@ def test_shared_tensors_of_a_residual_network(model: nn.Module, example: Tensor)
     }
 
 
+def test_an_activation_in_place_gives_its_tensor_and_what_lets_it_pass_does_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Dropout(), Block(8, 8, 1)).eval()
+    assert shared_tensors(model, torch.randn(1, 3, 8, 8)).inputs == {"3.conv1": "1"}
+
+
 class Odd(nn.Module):
     """Tensors that several read and that nevertheless cannot be rounded where they are produced."""
 

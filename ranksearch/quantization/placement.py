@@ -12,6 +12,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from ranksearch.layers import call_model, evaluating, first_argument, layer_spec
 from ranksearch.trees import tensors
@@ -93,14 +94,16 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.origins: dict[Key, tuple[str, list[Key]]] = {}
         self.givers: dict[Key, list[str]] = {}
         self.n_runs: Counter[str] = Counter()
+        self.begun: list[set[Key]] = []
         self.alive: list[Tensor] = []  # an identity is a tensor's own only while that lives
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
-        """Hears of each module that ends, and of each layer that begins."""
-        handles = [
-            module.register_forward_hook(self._giver(name), with_kwargs=True) for name, module in model.named_modules()
-        ]
+        """Hears of each module and layer that begins or ends."""
+        handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(self._take, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._giver(name)))
         for layer, name in self.layers.items():
             handles.append(layer.register_forward_pre_hook(self._begin(name), with_kwargs=True))
             handles.append(layer.register_forward_hook(self._end))
@@ -135,7 +138,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             once = all(self.n_runs[name] == 1 for name in layers)
             place = self._before_pooling(key)
             module = self._module(place)
-            if layers and len(readers) > 1 and once and module is not None and key not in returned:
+            if layers and len(readers) > 1 and once and module is not None and not {key, place} & returned:
                 inputs.update(dict.fromkeys(layers, module))
                 known |= {key: module, place: module}
         sums = {module: self._sum(key, known) for key, module in known.items() if self._module(key) == module}
@@ -184,13 +187,16 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _end(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
         self.running.pop()
 
+    def _take(self, _module: nn.Module, inputs: Any, named: Any) -> None:
+        self.begun.append({self._key(tensor) for tensor in tensors([inputs, named])})
+
     def _giver(self, name: str) -> Any:
-        def hook(_module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self.n_runs[name] += 1
+            given = self.begun.pop()
             # What lets its input pass, a shortcut or dropout, does not produce it.
-            passed = isinstance(output, Tensor) and any(tensor is output for tensor in tensors([inputs, named]))
-            if isinstance(output, Tensor) and not passed:
-                self.givers.setdefault(self._key(output), []).append(name)
+            if isinstance(output, Tensor) and (key := self._key(output)) not in given:
+                self.givers.setdefault(key, []).append(name)
 
         return hook
 

@@ -45,3 +45,17 @@ def leaves_of(values: Any) -> list[Any]:
     if isinstance(values, Mapping):
         return list(values.values())
     return list(values) if isinstance(values, tuple | list) else [values]
+
+
+def named_leaves(inputs: Any, wanted: Sequence[str]) -> dict[str, Any]:
+    """The leaves of `inputs` by name, in the order that is `wanted`. Raises MeasurementError where names differ."""
+    leaves = dict(zip(structure_of(inputs).names, leaves_of(inputs), strict=True))
+    if set(leaves) != set(wanted):
+        raise MeasurementError(f"inputs are {list(leaves)}; the model takes {list(wanted)}")
+    return {name: leaves[name] for name in wanted}
+
+
+def check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raises MeasurementError where an input's shape is not the one that the model was prepared for."""
+    if tuple(found) != tuple(wanted):
+        raise MeasurementError(f"input {name!r} has shape {tuple(found)}; the model was prepared for {tuple(wanted)}")

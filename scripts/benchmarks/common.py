@@ -7,14 +7,18 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PACKAGES = ("torch", "openvino", "onnxruntime", "nncf", "optuna", "ranksearch")
+Answer = dict[str, Any]
+Question = Callable[[argparse.Namespace], tuple[Answer, list[str]]]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,6 +36,23 @@ def report(arguments: argparse.Namespace, lines: Sequence[str], figures: dict[st
         print("\n".join(lines))
     print(json.dumps({**figures, "machine": machine()}))
     sys.exit(0 if figures["holds"] else 1)
+
+
+def ask(arguments: argparse.Namespace, questions: Mapping[str, Question]) -> None:
+    """Asks each question, or the one that `--only` names, and reports their answers."""
+    lines: list[str] = []
+    answers: dict[str, Answer] = {}
+    for name in [arguments.only] if arguments.only else questions:
+        answers[name], text = questions[name](arguments)
+        answer = answers[name]
+        lines += [f"{name}: {answer['scope']}", *text, "holds" if answer["holds"] else "FALLS SHORT", ""]
+    figures = {
+        "figures": answers,
+        "holds": all(answer["holds"] for answer in answers.values()),
+        "scope": "; ".join(f"{name}: {answer['scope']}" for name, answer in answers.items()),
+        "threads": torch.get_num_threads(),
+    }
+    report(arguments, lines, figures)
 
 
 def machine() -> dict[str, str]:

@@ -9,19 +9,16 @@ three layers of ResNet-18 and of a narrow network on the digits.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import decompositions_prediction
 import decompositions_quality
 import decompositions_speed
-import torch
-from common import options, report
+from common import Answer, Question, ask, options
 from decompositions_networks import cifar_resnet, digits_network, resnet18_layers
 
 # Of the second stage: on the first, of 64 channels, fixed costs rule, and a call per rank takes as long (1.2x).
 QUICK_LAYERS = ("layer2_conv2", "layer2_downsample", "fc")
-Answer = dict[str, Any]
 
 
 def main() -> None:
@@ -32,20 +29,8 @@ def main() -> None:
     )
     parser.add_argument("--plans", type=int, default=400, help="random plans per network")
     arguments = parser.parse_args()
-    lines: list[str] = []
-    answers: dict[str, Answer] = {}
     # Speed comes first: the peak memory that it reads is the process's.
-    for name in [arguments.only] if arguments.only else QUESTIONS:
-        answer, text = QUESTIONS[name](arguments)
-        answers[name] = answer
-        lines += [f"{name}: {answer['scope']}", *text, f"{'holds' if answer['holds'] else 'FALLS SHORT'}", ""]
-    figures = {
-        "figures": answers,
-        "holds": all(answer["holds"] for answer in answers.values()),
-        "scope": "; ".join(f"{name}: {answer['scope']}" for name, answer in answers.items()),
-        "threads": torch.get_num_threads(),
-    }
-    report(arguments, lines, figures)
+    ask(arguments, QUESTIONS)
 
 
 def speed(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
@@ -79,7 +64,7 @@ QUALITY = {("ResNet-20", 0.36): 1.5, ("ResNet-20", 0.50): 4.0}
 QUICK_QUALITY = {("digits", 0.50): 1.0}
 PREDICTION = decompositions_prediction.Targets(overall=0.95, in_band=0.7)
 QUICK_PREDICTION = decompositions_prediction.Targets(overall=0.85, in_band=None)
-QUESTIONS: Mapping[str, Callable[[argparse.Namespace], tuple[Answer, list[str]]]] = {
+QUESTIONS: Mapping[str, Question] = {
     "speed": speed,
     "quality": quality,
     "prediction": prediction,

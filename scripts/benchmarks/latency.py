@@ -8,13 +8,11 @@ latencies added up against those of whole plans; `int8` (latency_int8.py), int8 
 
 import argparse
 import importlib
-from typing import Any
+from functools import partial
 
-import torch
-from common import options, report
+from common import Answer, ask, options
 
 QUESTIONS = ("itself", "prediction", "int8", "profile")
-Answer = dict[str, Any]
 
 
 def main() -> None:
@@ -22,22 +20,10 @@ def main() -> None:
     parser.add_argument("--only", choices=QUESTIONS, help="one question instead of all")
     parser.add_argument("--compiled", action="store_true", help="predict for torch's compile mode as well")
     arguments = parser.parse_args()
-    lines: list[str] = []
-    answers: dict[str, Answer] = {}
-    for name in [arguments.only] if arguments.only else QUESTIONS:
-        answers[name], text = ask(name, arguments)
-        answer = answers[name]
-        lines += [f"{name}: {answer['scope']}", *text, "holds" if answer["holds"] else "FALLS SHORT", ""]
-    figures = {
-        "figures": answers,
-        "holds": all(answer["holds"] for answer in answers.values()),
-        "scope": "; ".join(f"{name}: {answer['scope']}" for name, answer in answers.items()),
-        "threads": torch.get_num_threads(),
-    }
-    report(arguments, lines, figures)
+    ask(arguments, {name: partial(answer, name) for name in QUESTIONS})
 
 
-def ask(name: str, arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
+def answer(name: str, arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """The answer of `latency_NAME.answer(arguments)`; one that does not hold where there is no such module."""
     module = f"latency_{name}"
     try:
@@ -46,8 +32,8 @@ def ask(name: str, arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
         if error.name != module:
             raise
         return {"holds": False, "scope": f"not asked: there is no {module}.py"}, []
-    answer: tuple[Answer, list[str]] = question.answer(arguments)
-    return answer
+    found: tuple[Answer, list[str]] = question.answer(arguments)
+    return found
 
 
 if __name__ == "__main__":

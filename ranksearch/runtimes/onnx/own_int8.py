@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ranksearch.errors import MeasurementError
+from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.onnx.conversion import to_onnx
 from ranksearch.runtimes.onnx.session import load_onnxruntime
 from ranksearch.runtimes.structure import leaves_of
-
-N_CALIBRATION_EXAMPLES = 300
 
 
 def to_onnx_int8(model: nn.Module, calibration_inputs: Iterable[Any], example: Any, *, is_saturating: bool) -> bytes:
@@ -32,7 +30,7 @@ def to_onnx_int8(model: nn.Module, calibration_inputs: Iterable[Any], example: A
     converted = to_onnx(model, example, on_integers=False)
     names = [value.name for value in converted.graph.input]
     rows = len(leaves_of(example)[0])
-    batches = [dict(zip(names, arrays, strict=True)) for arrays in _batches(calibration_inputs, rows)]
+    batches = [dict(zip(names, arrays, strict=True)) for arrays in calibration_batches(calibration_inputs, rows)]
     if not batches:
         raise MeasurementError(f"ONNX Runtime's own int8 needs {rows} calibration examples, one batch; there are fewer")
     with tempfile.TemporaryDirectory() as directory, _quiet():
@@ -80,17 +78,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(disabled)
-
-
-def _batches(calibration_inputs: Iterable[Any], n_rows: int) -> Iterator[list[Any]]:
-    """The leaves of batches of exactly `n_rows` rows, until there are enough examples."""
-    held: list[Tensor] = []
-    n_given = 0
-    for batch in calibration_inputs:
-        leaves = [torch.as_tensor(leaf) for leaf in leaves_of(batch)]
-        held = [torch.cat(pair) for pair in zip(held, leaves, strict=True)] if held else leaves
-        while len(held[0]) >= n_rows:
-            yield [leaf[:n_rows].numpy() for leaf in held]
-            held, n_given = [leaf[n_rows:] for leaf in held], n_given + n_rows
-            if n_given >= N_CALIBRATION_EXAMPLES:
-                return

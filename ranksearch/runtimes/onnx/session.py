@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, cast, final
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.runtimes.base import AbstractSession
-from ranksearch.runtimes.structure import Kind, Structure, leaves_of, structure_of
+from ranksearch.runtimes.structure import Kind, Structure, check_shape, named_leaves
 from ranksearch.spec import Target
 
 # By (device, mode). What a provider cannot run, ONNX Runtime gives to the CPU's.
@@ -111,7 +111,11 @@ class OnnxSession(AbstractSession):
         return call
 
     def kernels(self) -> dict[str, str]:
-        """The kernel of each node, as a run of the same model tells that is profiled."""
+        return self._kernels
+
+    @cached_property
+    def _kernels(self) -> dict[str, str]:
+        """The kernel of each node, as a run of the same model tells that is profiled, once."""
         from ranksearch.runtimes.onnx.kernel_profile import executed_kernels
 
         return executed_kernels(self._model, self._provider, self._device_id, session_settings(self._options))
@@ -130,18 +134,10 @@ class OnnxSession(AbstractSession):
 
     def _arrays(self, inputs: Any) -> list[NDArray[Any]]:
         """The input arrays in the model's order. Raises MeasurementError where they do not fit it."""
-        given = structure_of(inputs)
-        leaves = dict(zip(given.names, leaves_of(inputs), strict=True))
-        missing = [name for name in self._inputs.names if name not in leaves]
-        if missing or len(leaves) != len(self._inputs.names):
-            raise MeasurementError(f"inputs are {list(leaves)}; the model takes {list(self._inputs.names)}")
-        arrays = [np.asarray(leaves[name]) for name in self._inputs.names]
-        for name, array, port in zip(self._inputs.names, arrays, self._ports, strict=True):
-            if tuple(port.shape) != array.shape:
-                raise MeasurementError(
-                    f"input {name!r} has shape {array.shape}; the model was prepared for {tuple(port.shape)}"
-                )
-        return arrays
+        arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(inputs, self._inputs.names).items()}
+        for (name, array), port in zip(arrays.items(), self._ports, strict=True):
+            check_shape(name, array.shape, port.shape)
+        return list(arrays.values())
 
 
 def provider_of(target: Target) -> tuple[str, str, int]:

@@ -9,18 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
 from ranksearch.quantization import CODE_LIMIT, freeze, quantized_modules
+from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 
-N_OWN_CALIBRATION_EXAMPLES = 300
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
 NOTE = "ranksearch_layer"
 
@@ -43,7 +43,7 @@ def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], exampl
     nncf = load_nncf()
     inputs = structure_of(example)
     n_rows = len(leaves_of(example)[0])
-    batches = list(_batches(calibration_inputs, inputs, n_rows))
+    batches = [_as_fed(arrays, inputs) for arrays in calibration_batches(calibration_inputs, n_rows)]
     # NNCF draws progress bars on stdout whatever its log level.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -164,20 +164,5 @@ def _operators(message: str) -> str:
     return "; ".join(line.strip() for line in found) or message.strip()
 
 
-def _batches(calibration_inputs: Iterable[Any], inputs: Structure, n_rows: int) -> Iterator[Any]:
-    """Batches of exactly `n_rows` rows, as NNCF takes them, until there are enough examples."""
-    held: list[list[Tensor]] = []
-    n_held, n_given = 0, 0
-    for batch in calibration_inputs:
-        held.append([torch.as_tensor(leaf) for leaf in leaves_of(batch)])
-        n_held += len(held[-1][0])
-        while n_held >= n_rows and n_given < N_OWN_CALIBRATION_EXAMPLES:
-            joined = [torch.cat(parts) for parts in zip(*held, strict=True)]
-            yield _as_fed([leaf[:n_rows].numpy() for leaf in joined], inputs)
-            held, n_held, n_given = [[leaf[n_rows:] for leaf in joined]], n_held - n_rows, n_given + n_rows
-        if n_given >= N_OWN_CALIBRATION_EXAMPLES:
-            return
-
-
-def _as_fed(arrays: list[np.ndarray[Any, Any]], inputs: Structure) -> Any:
+def _as_fed(arrays: list[NDArray[Any]], inputs: Structure) -> Any:
     return arrays[0] if inputs.kind == "single" else cast(Any, dict(enumerate(arrays)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 import numpy as np
 from numpy.typing import NDArray
 
-from ranksearch.errors import MeasurementError, RuntimeUnavailableError
+from ranksearch.errors import RuntimeUnavailableError
 from ranksearch.runtimes.base import (
     FLOAT_BITS,
     FULL_WEIGHT_LIMIT,
@@ -26,7 +26,7 @@ from ranksearch.runtimes.base import (
     require,
     stayed_float,
 )
-from ranksearch.runtimes.structure import Kind, Structure, leaves_of, structure_of
+from ranksearch.runtimes.structure import Kind, Structure, check_shape, named_leaves
 from ranksearch.spec import Target
 
 if TYPE_CHECKING:
@@ -121,18 +121,10 @@ class OpenVINOSession(AbstractSession):
 
     def _arrays(self, inputs: Any) -> list[NDArray[Any]]:
         """The input arrays in the model's order. Raises MeasurementError where they do not fit it."""
-        given = structure_of(inputs)
-        leaves = dict(zip(given.names, leaves_of(inputs), strict=True))
-        missing = [name for name in self._inputs.names if name not in leaves]
-        if missing or len(leaves) != len(self._inputs.names):
-            raise MeasurementError(f"inputs are {list(leaves)}; the model takes {list(self._inputs.names)}")
-        arrays = [np.asarray(leaves[name]) for name in self._inputs.names]
-        for name, array, port in zip(self._inputs.names, arrays, self._compiled.inputs, strict=True):
-            if tuple(port.shape) != array.shape:
-                raise MeasurementError(
-                    f"input {name!r} has shape {array.shape}; the model was prepared for {tuple(port.shape)}"
-                )
-        return arrays
+        arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(inputs, self._inputs.names).items()}
+        for (name, array), port in zip(arrays.items(), self._compiled.inputs, strict=True):
+            check_shape(name, array.shape, port.shape)
+        return list(arrays.values())
 
 
 @final

@@ -18,7 +18,7 @@ from ranksearch.runtimes.base import AbstractSession, available_threads
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.pytorch.cuda import Accelerator, DeviceCall
 from ranksearch.runtimes.pytorch.engines import ENGINES, Engine
-from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
+from ranksearch.runtimes.structure import Structure, check_shape, leaves_of, named_leaves, structure_of
 from ranksearch.spec import Target
 
 DTYPES: Mapping[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -197,18 +197,12 @@ class _Inputs:
 
         Raises MeasurementError where names or shapes differ from the example's.
         """
-        given = structure_of(inputs)
-        leaves = dict(zip(given.names, leaves_of(inputs), strict=True))
-        if set(leaves) != set(self._wanted):
-            raise MeasurementError(f"inputs are {list(leaves)}; the model takes {list(self._wanted)}")
-        return self._structure.arrange([self._tensor(name, leaves[name]) for name in self._wanted])
+        leaves = named_leaves(inputs, list(self._wanted))
+        return self._structure.arrange([self._tensor(name, leaf) for name, leaf in leaves.items()])
 
     def _tensor(self, name: str, leaf: Any) -> Tensor:
         wanted, tensor = self._wanted[name], torch.as_tensor(leaf)
-        if tensor.shape != wanted.shape:
-            raise MeasurementError(
-                f"input {name!r} has shape {tuple(tensor.shape)}; the model was prepared for {tuple(wanted.shape)}"
-            )
+        check_shape(name, tensor.shape, wanted.shape)
         if tensor.is_floating_point() != wanted.is_floating_point():
             raise MeasurementError(f"input {name!r} has type {tensor.dtype}; the model was prepared for {wanted.dtype}")
         copied = tensor.to(wanted.dtype, copy=True)
