@@ -3,7 +3,7 @@
 import copy
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,8 +15,12 @@ from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import (
     CODE_LIMIT,
+    Half,
+    Int4,
+    Int8,
     RoundedOutputs,
     SharedTensors,
+    WeightFormat,
     activation_quantizers,
     observe_ranges,
     quantize_module,
@@ -33,7 +37,17 @@ from ranksearch.trees import first_examples
 
 PLACEHOLDER_SEED = 0
 RANGE_EXAMPLES = 512
-BUILT_BITS = ((32, 32), (8, 8))
+# The (weight, activation) bits of a layer, and the options that say how its weights are rounded.
+BUILT_BITS: Mapping[tuple[int, int], tuple[str, ...]] = {
+    (32, 32): (),
+    (16, 32): ("dtype",),
+    (16, 16): ("dtype",),
+    (8, 32): (),
+    (8, 16): (),
+    (8, 8): (),
+    (4, 32): ("group_size", "scheme"),
+    (4, 16): ("group_size", "scheme"),
+}
 
 
 def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
@@ -62,13 +76,22 @@ def _checked(name: str, module: nn.Module, choice: LayerChoice) -> LayerSpec:
         raise PlanError(
             f"layer {name!r}: its weight is computed from others; remove weight_norm or spectral_norm first"
         )
-    if (choice.weight_bits, choice.activation_bits) not in BUILT_BITS:
-        raise PlanError(f"layer {name!r}: bits {choice.bits} are not built; use 32/32 or 8/8")
+    _check_bits(name, choice)
     try:
         check_choice(spec, choice, layer=name)
     except DecompositionError as error:
         raise PlanError(str(error)) from None
     return spec
+
+
+def _check_bits(name: str, choice: LayerChoice) -> None:
+    bits = choice.weight_bits, choice.activation_bits
+    if bits not in BUILT_BITS:
+        built = ", ".join(f"{weights}/{activations}" for weights, activations in BUILT_BITS)
+        raise PlanError(f"layer {name!r}: bits {choice.bits} are not built; use one of {built}")
+    foreign = sorted(set(choice.rounding_options) - set(BUILT_BITS[bits]))
+    if foreign:
+        raise PlanError(f"layer {name!r}: bits {choice.bits} have no option {foreign[0]!r}; leave it out")
 
 
 def rebuild(
@@ -173,7 +196,7 @@ def _built(layer: nn.Module, choice: LayerChoice) -> nn.Module:
         for name, parameter in built.named_parameters():
             parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     else:
-        built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.options)
+        built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.factor_options)
     return built.to(layer.get_parameter("weight")).train(layer.training)
 
 
@@ -268,9 +291,19 @@ def _find_shared(model: nn.Module, plan: Plan, calibration: Batches | None) -> S
 
 def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int) -> Iterator[tuple[str, nn.Module]]:
     for layer, choice in plan.layers.items():
-        if choice.weight_bits == 8:
+        if choice.weight_bits < 32:
+            weights, rounds_inputs = weight_format(choice, weight_limit), choice.activation_bits == 8
             for path, module in _factor_modules(model.get_submodule(layer)).items():
-                yield _join(layer, path), quantize_module(module, weight_limit)
+                yield _join(layer, path), quantize_module(module, weights, rounds_inputs=rounds_inputs)
+
+
+def weight_format(choice: LayerChoice, weight_limit: int) -> WeightFormat:
+    """How the choice rounds weights of 16, 8 or 4 bits; `weight_limit` holds where products are of integers."""
+    if choice.weight_bits == 16:
+        return Half(getattr(torch, str(choice.options.get("dtype", "float16"))))
+    if choice.weight_bits == 8:
+        return Int8(weight_limit if choice.activation_bits == 8 else CODE_LIMIT)
+    return Int4(**cast(dict[str, Any], choice.rounding_options))
 
 
 def _join(*parts: str) -> str:

@@ -116,7 +116,7 @@ class _Layer:
         if key not in self._known:
             method = DECOMPOSITIONS[choice.decomposition]
             try:
-                self._known[key] = method.factorise(self._weight, self._spec, choice.options, self._metric)
+                self._known[key] = method.factorise(self._weight, self._spec, choice.factor_options, self._metric)
             except DecompositionError as error:
                 raise DecompositionError(f"layer {self._name!r}: {error}") from None
         return self._known[key]
@@ -140,7 +140,7 @@ def _spec(module: nn.Module) -> LayerSpec:
 
 def _spelled_out(choice: LayerChoice) -> str:
     """The choice's options, those that it leaves out at their defaults, as one text."""
-    return json.dumps(DECOMPOSITIONS[choice.decomposition].spell_out(choice.options), sort_keys=True)
+    return json.dumps(DECOMPOSITIONS[choice.decomposition].spell_out(choice.factor_options), sort_keys=True)
 
 
 @cache

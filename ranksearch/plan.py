@@ -3,16 +3,24 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ranksearch.errors import PlanError
 
 SCHEMA: Literal[1] = 1
 
 Option = int | str
+
+# What options say of how weights are rounded, and what each may be; the rest are the decomposition's.
+ROUNDING_OPTIONS: Mapping[str, tuple[Option, ...]] = {
+    "group_size": (32, 64),
+    "scheme": ("affine", "symmetric"),
+    "dtype": ("float16", "bfloat16"),
+}
 
 
 class _Value(BaseModel):
@@ -24,8 +32,9 @@ class _Value(BaseModel):
 class LayerChoice(_Value):
     """What becomes of one layer.
 
-    `ranks` mean what the decomposition documents; what is no rank is an option. Bits are those of weights and
-    activations: 32 (float32), 16, 8 or 4.
+    `ranks` mean what the decomposition documents; what is no rank is an option, of the decomposition or of the
+    rounding: `group_size` (32 or 64) and `scheme` (`affine` or `symmetric`) of 4-bit weights, `dtype` (`float16` or
+    `bfloat16`) of 16-bit ones. Bits are those of weights and activations: 32 (float32), 16, 8 or 4.
     """
 
     decomposition: str = "none"
@@ -33,6 +42,36 @@ class LayerChoice(_Value):
     options: dict[str, Option] = Field(default_factory=dict)
     weight_bits: Literal[32, 16, 8, 4] = 32
     activation_bits: Literal[32, 16, 8] = 32
+
+    @field_validator("options")
+    @classmethod
+    def _known_rounding(cls, options: dict[str, Option]) -> dict[str, Option]:
+        for name, allowed in ROUNDING_OPTIONS.items():
+            if name in options and options[name] not in allowed:
+                raise ValueError(f"{name} is {options[name]!r}; use {' or '.join(repr(value) for value in allowed)}")
+        return options
+
+    @property
+    def factor_options(self) -> dict[str, Option]:
+        """The decomposition's options alone."""
+        return {name: value for name, value in self.options.items() if name not in ROUNDING_OPTIONS}
+
+    @property
+    def rounding_options(self) -> dict[str, Option]:
+        """The options that tell how weights are rounded."""
+        return {name: value for name, value in self.options.items() if name in ROUNDING_OPTIONS}
+
+    @property
+    def in_float(self) -> Self:
+        """The same decomposition in float32."""
+        return self.with_bits(32, 32)
+
+    def with_bits(self, weight_bits: int, activation_bits: int, **rounding: Option) -> Self:
+        """The same decomposition in other bits, rounded by these options."""
+        options = {**self.factor_options, **rounding}
+        return self.model_copy(
+            update={"weight_bits": weight_bits, "activation_bits": activation_bits, "options": options}
+        )
 
     @property
     def bits(self) -> str:

@@ -119,13 +119,13 @@ class ProfileMaker:
         scale = self._scale(info.name, raw)
         floats = {DENSE: 0.0, **{shape: loss * scale for shape, loss in raw.items()}}
         offered = [
-            _with_bits(shape, b) for shape in floats for b in bits if shape.decomposition in self.space.decompositions
+            shape.with_bits(*b) for shape in floats for b in bits if shape.decomposition in self.space.decompositions
         ]
         choices = sorted({*offered, *kept} if timed is None else wanted, key=LayerChoice.key)
         any_quantized = any(choice.weight_bits == 8 for choice in choices)
-        quantization_loss = self._measured(info.name, _with_bits(DENSE, (8, 8))) if any_quantized else 0.0
+        quantization_loss = self._measured(info.name, DENSE.with_bits(8, 8)) if any_quantized else 0.0
         return {
-            choice: floats[_in_float(choice)] + (quantization_loss if choice.weight_bits == 8 else 0.0)
+            choice: floats[choice.in_float] + (quantization_loss if choice.weight_bits == 8 else 0.0)
             for choice in choices
         }
 
@@ -188,15 +188,7 @@ def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[Layer
 
 def _factored(choices: Iterable[LayerChoice]) -> list[LayerChoice]:
     """The choices that factor the layer, in float."""
-    return sorted({_in_float(choice) for choice in choices if choice.decomposition != "none"}, key=LayerChoice.key)
-
-
-def _with_bits(choice: LayerChoice, bits: tuple[int, int]) -> LayerChoice:
-    return choice.model_copy(update={"weight_bits": bits[0], "activation_bits": bits[1]})
-
-
-def _in_float(choice: LayerChoice) -> LayerChoice:
-    return _with_bits(choice, (32, 32))
+    return sorted({choice.in_float for choice in choices if choice.decomposition != "none"}, key=LayerChoice.key)
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -221,11 +213,11 @@ def _by_bits(choices: Iterable[LayerChoice]) -> dict[str, list[LayerChoice]]:
 
 def _worth_timing(info: LayerInfo, kept: set[LayerChoice], losses: Mapping[LayerChoice, float]) -> list[LayerChoice]:
     """The kept choices, and of either bits as many of those that no other beats in loss, parameters and MACs."""
-    counts = {choice: _counts(info, choice) for choice in dict.fromkeys(_in_float(choice) for choice in losses)}
+    counts = {choice: _counts(info, choice) for choice in dict.fromkeys(choice.in_float for choice in losses)}
     chosen: list[LayerChoice] = []
     groups = list(_by_bits(losses).values())
     for i, group in enumerate(groups):
-        undominated = _undominated(group, kept, lambda choice: (losses[choice], *counts[_in_float(choice)]))
+        undominated = _undominated(group, kept, lambda choice: (losses[choice], *counts[choice.in_float]))
         kept_later = sum(choice in kept for later in groups[i + 1 :] for choice in later)
         kept_here = sum(choice in kept for choice in group)
         room = (MAX_CANDIDATES - len(chosen) - kept_here - kept_later) // (len(groups) - i)
@@ -253,5 +245,5 @@ def _thinned(ordered: list[LayerChoice], kept: set[LayerChoice], most: int) -> l
 def _counts(info: LayerInfo, choice: LayerChoice) -> tuple[float, float]:
     """Parameters, and multiply-adds for one row: a filter before bytes and times are measured, never a result."""
     method = DECOMPOSITIONS[choice.decomposition]
-    what = info.spec, choice.ranks, choice.options
+    what = info.spec, choice.ranks, choice.factor_options
     return float(method.n_params(*what)), float(method.macs(*what, info.input_shape))

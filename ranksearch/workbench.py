@@ -86,7 +86,7 @@ class Workbench:
 
     def stayed_float(self, model: nn.Module, session: AbstractSession) -> dict[str, str]:
         """The model's 8-bit layers that the session, opened from it, runs in float, with the kernel of each."""
-        quantized = quantized_modules(model)
+        quantized = [name for name, module in quantized_modules(model).items() if module.rounds_inputs]
         # To tell its kernels a runtime may have to run the model again.
         return stayed_float(quantized, session.layer_kernels()) if quantized else {}
 

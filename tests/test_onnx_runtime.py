@@ -14,7 +14,7 @@ from torch import nn
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.layers import layer_spec
-from ranksearch.quantization import ActivationQuantizer, observe_ranges, quantize_module
+from ranksearch.quantization import ActivationQuantizer, Int8, observe_ranges, quantize_module
 from ranksearch.runtimes import RUNTIMES, base, get_runtime, stayed_float
 from ranksearch.runtimes.onnx import kernel_profile
 from ranksearch.runtimes.onnx import runtime as onnx_runtime
@@ -35,7 +35,7 @@ def _seed() -> None:
 
 def _quantized(model: nn.Module, example: torch.Tensor, skip: tuple[str, ...] = ()) -> nn.Module:
     layers = {name: module for name, module in model.named_modules() if layer_spec(module) and name not in skip}
-    model = replace_modules(model, {name: quantize_module(module, LIMIT) for name, module in layers.items()})
+    model = replace_modules(model, {name: quantize_module(module, Int8(LIMIT)) for name, module in layers.items()})
     observe_ranges(model, [example])
     return model.eval()
 
@@ -206,7 +206,7 @@ def test_weight_limit_keeps_sums_from_saturating() -> None:
     layer, example = nn.Linear(64, 16), torch.full((4, 64), 1.0)
     with torch.no_grad():
         layer.weight.fill_(1.0)  # every product is the largest there is
-    model = _model(quantize_module(layer, RUNTIME.weight_limit(TARGET)))
+    model = _model(quantize_module(layer, Int8(RUNTIME.weight_limit(TARGET))))
     observe_ranges(model, [example])
     with torch.no_grad():
         expected = model.eval()(example).numpy()
@@ -236,7 +236,7 @@ def test_the_model_keeps_its_state_and_its_mode() -> None:
     before = copy.deepcopy(model.state_dict())
     RUNTIME.prepare(model, torch.randn(4, 4, 5, 5), TARGET)
     assert model.training
-    assert model[0].weight_limit == LIMIT
+    assert model[0].weights == Int8(LIMIT)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

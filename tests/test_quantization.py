@@ -1,4 +1,4 @@
-"""Eight bits: the arithmetic, the modules, the ranges, the packed state."""
+"""Rounded layers: the arithmetic of eight bits, the modules of every format, the ranges, the packed state."""
 
 import copy
 
@@ -13,18 +13,20 @@ from torch import nn
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.layers import layer_spec
 from ranksearch.quantization import (
+    Half,
+    Int4,
+    Int8,
+    WeightFormat,
     activation_quantizers,
     freeze,
     load_packed,
     observe_ranges,
     packed_state,
     quantize_module,
-    rescale_weights,
     weight_codes,
     weight_scale,
 )
 from ranksearch.quantization.formats import affine_range, affine_step
-from ranksearch.quantization.modules import quantized_weight
 from ranksearch.quantization.ranges import RunningHistogram
 from ranksearch.runtimes import RUNTIMES
 from ranksearch.runtimes.base import int8_kernels
@@ -41,6 +43,17 @@ LAYERS = {
     "sequence": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 15)),
     "sequence_grouped": (lambda: nn.Conv1d(4, 8, 5, groups=4, dilation=2, bias=False), (2, 4, 15)),
     "sequence_circular": (lambda: nn.Conv1d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 15)),
+}
+
+
+FORMATS: dict[str, WeightFormat] = {
+    "float16": Half(),
+    "bfloat16": Half(torch.bfloat16),
+    "int8": Int8(),
+    "int8_limited": Int8(64),
+    "int4": Int4(),
+    "int4_64": Int4(group_size=64),
+    "int4_symmetric": Int4(scheme="symmetric"),
 }
 
 
@@ -61,7 +74,7 @@ def _chain() -> nn.Sequential:
 def test_quantized_layer_is_near_the_float_layer(name: str, limit: int) -> None:
     make, shape = LAYERS[name]
     layer, inputs = make(), torch.randn(shape)
-    quantized = quantize_module(layer, limit)
+    quantized = quantize_module(layer, Int8(limit))
     observe_ranges(quantized, [inputs])
     difference = (quantized(inputs) - layer(inputs)).norm() / layer(inputs).norm()
     assert 0 < difference < 0.05
@@ -73,7 +86,7 @@ def test_other_modules_are_refused() -> None:
         with pytest.raises(TypeError, match="cannot be quantized; only nn.Conv1d, nn.Conv2d and nn.Linear can"):
             quantize_module(module)
     with pytest.raises(ValueError, match="weight_limit"):
-        quantize_module(nn.Linear(2, 2), 128)
+        quantize_module(nn.Linear(2, 2), Int8(128))
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("sequence")])
@@ -87,15 +100,28 @@ def test_a_conv1d_is_quantized_as_the_conv2d_of_height_one(name: str) -> None:
     torch.testing.assert_close(quantized(inputs), image(inputs.unsqueeze(2)).squeeze(2))
 
 
+@pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_layer_comes_back_from_its_packed_state(name: str) -> None:
+def test_every_layer_comes_back_from_its_packed_state(name: str, weights: WeightFormat) -> None:
     make, shape = LAYERS[name]
-    layer, other, inputs = quantize_module(make()), quantize_module(make()), torch.randn(shape)
-    observe_ranges(layer, [inputs])
+    (layer, other), inputs = (quantize_module(make(), weights) for _ in range(2)), torch.randn(shape)
+    before = layer(inputs)
     freeze(layer)
     load_packed(other, packed_state(layer))
-    assert packed_state(layer)["weight"].dtype == torch.int8
-    assert torch.equal(other(inputs), layer(inputs))
+    assert packed_state(layer)["weight"].dtype == weights.dtype
+    assert torch.equal(layer(inputs), before)
+    assert torch.equal(other(inputs), before)
+    assert all(torch.equal(tensor, packed_state(other)[name]) for name, tensor in packed_state(layer).items())
+
+
+@pytest.mark.parametrize("weights", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_float_computes_with_the_rounded_weight(name: str, weights: WeightFormat) -> None:
+    make, shape = LAYERS[name]
+    layer, inputs = quantize_module(make(), weights, rounds_inputs=False), torch.randn(shape)
+    assert layer_spec(layer.in_float()) == layer.spec
+    assert torch.equal(layer.in_float()(inputs), layer(inputs))
+    assert not activation_quantizers(layer)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -108,7 +134,6 @@ def test_what_is_frozen_stays_frozen(name: str) -> None:
     assert quantized.bias is None or quantized.bias.requires_grad
     other = quantize_module(layer)
     load_packed(other, packed_state(quantized))
-    rescale_weights(other)
     freeze(other)
     assert not other.weight.requires_grad
     inputs = torch.rand(shape, requires_grad=True)
@@ -121,7 +146,7 @@ def test_openvino_offers_eight_bits_where_its_kernels_run_in_eight_bits(name: st
     make, shape = LAYERS[name]
     layer, inputs = make(), torch.randn(shape)
     runtime, target = RUNTIMES["openvino"], Target(threads=1)
-    quantized = quantize_module(layer, runtime.weight_limit(target)).eval()
+    quantized = quantize_module(layer, Int8(runtime.weight_limit(target))).eval()
     observe_ranges(quantized, [inputs])
     session = runtime.prepare(quantized, inputs, target)
     assert ((8, 8) in runtime.supported_bits(layer_spec(layer), target)) == bool(int8_kernels(session.kernels()))
@@ -162,22 +187,22 @@ def test_affine_range_covers_what_was_asked_and_zero(first: float, second: float
 
 
 def test_gradients_pass_straight_through() -> None:
-    layer = quantize_module(nn.Linear(4, 3), weight_limit=64)
+    layer = quantize_module(nn.Linear(4, 3), Int8(64))
     inputs = torch.rand(5, 4, requires_grad=True)
     layer(inputs).sum().backward()
     assert layer.weight.grad is not None
     assert inputs.grad is not None
-    torch.testing.assert_close(inputs.grad, quantized_weight(layer).sum(0).expand(5, 4))
+    torch.testing.assert_close(inputs.grad, layer.rounded_weight.sum(0).expand(5, 4))
     steps = int((layer.weight.grad.abs() > 0).sum())
     assert steps >= 8  # all but weights that were clipped
 
 
-@given(st.integers(0, 2**31), st.sampled_from(list(LAYERS)), st.sampled_from([64, 127]))
+@given(st.integers(0, 2**31), st.sampled_from(list(LAYERS)), st.sampled_from(list(FORMATS.values())))
 @settings(max_examples=30, deadline=None)
-def test_freezing_changes_no_output(seed: int, name: str, limit: int) -> None:
+def test_freezing_changes_no_output(seed: int, name: str, weights: WeightFormat) -> None:
     torch.manual_seed(seed)
     make, shape = LAYERS[name]
-    layer, inputs = quantize_module(make(), limit), torch.rand(shape)
+    layer, inputs = quantize_module(make(), weights), torch.rand(shape)
     before = layer(inputs)
     freeze(layer)
     assert torch.equal(layer(inputs), before)
@@ -268,15 +293,6 @@ def test_running_histogram_counts_every_value_once(values: list[float], n_batche
     assert histogram.counts.sum() == len(values)
     assert histogram.low == min(np.float32(values))
     assert histogram.high == max(np.float32(values))
-
-
-def test_rescale_follows_a_changed_weight() -> None:
-    layer = quantize_module(nn.Linear(8, 4))
-    before = layer.weight_scale.clone()
-    with torch.no_grad():
-        layer.weight.mul_(3)
-    rescale_weights(layer)
-    torch.testing.assert_close(layer.weight_scale, 3 * before)
 
 
 def test_quantizing_copies_and_deepcopy_works() -> None:

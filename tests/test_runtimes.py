@@ -13,7 +13,7 @@ from torch import nn
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.layers import layer_spec
-from ranksearch.quantization import observe_ranges, quantize_module
+from ranksearch.quantization import Int8, observe_ranges, quantize_module
 from ranksearch.runtimes import RUNTIMES, base, get_runtime, int8_kernels, register_runtime
 from ranksearch.spec import Target
 from ranksearch.surgery import replace_modules
@@ -30,7 +30,7 @@ def _seed() -> None:
 
 def _quantized(model: nn.Module, example: torch.Tensor, limit: int = 64) -> nn.Module:
     layers = {name: module for name, module in model.named_modules() if layer_spec(module)}
-    model = replace_modules(model, {name: quantize_module(module, limit) for name, module in layers.items()})
+    model = replace_modules(model, {name: quantize_module(module, Int8(limit)) for name, module in layers.items()})
     observe_ranges(model, [example])
     return model.eval()
 

@@ -75,12 +75,12 @@ def check_choice(spec: LayerSpec, choice: LayerChoice, *, layer: str | None = No
     if reason is not None:
         raise DecompositionError(f"{place}: {choice.decomposition} refuses it: {reason}")
     settings = [decomposition.spell_out(options) for options in decomposition.options_for(spec)]
-    if decomposition.spell_out(choice.options) not in settings:
+    if decomposition.spell_out(choice.factor_options) not in settings:
         allowed = " or ".join(str(setting) for setting in settings)
         raise DecompositionError(
-            f"{place}: {choice.decomposition} has no options {choice.options}; allowed are {allowed}"
+            f"{place}: {choice.decomposition} has no options {choice.factor_options}; allowed are {allowed}"
         )
-    _check_ranks(place, choice, decomposition.max_ranks(spec, choice.options))
+    _check_ranks(place, choice, decomposition.max_ranks(spec, choice.factor_options))
 
 
 def _check_ranks(place: str, choice: LayerChoice, most: Ranks) -> None:

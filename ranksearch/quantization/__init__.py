@@ -1,4 +1,4 @@
-"""Eight-bit layers: the arithmetic, the modules that run it, ranges from data, and the packed bits of a file."""
+"""Rounded layers: the arithmetic, the modules that run it, ranges from data, and the packed bits of a file."""
 
 from ranksearch.quantization.formats import CODE_LIMIT, weight_codes, weight_scale
 from ranksearch.quantization.modules import (
@@ -10,21 +10,25 @@ from ranksearch.quantization.modules import (
     freeze,
     quantize_module,
     quantized_modules,
-    rescale_weights,
     round_outputs,
 )
 from ranksearch.quantization.packing import load_packed, packed_state
 from ranksearch.quantization.placement import RoundedOutputs, SharedTensors, rounded_outputs, shared_tensors
 from ranksearch.quantization.ranges import observe_ranges
+from ranksearch.quantization.weight_formats import Half, Int4, Int8, WeightFormat
 
 __all__ = [
     "CODE_LIMIT",
     "ActivationQuantizer",
+    "Half",
+    "Int4",
+    "Int8",
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedLinear",
     "RoundedOutputs",
     "SharedTensors",
+    "WeightFormat",
     "activation_quantizers",
     "freeze",
     "load_packed",
@@ -32,7 +36,6 @@ __all__ = [
     "packed_state",
     "quantize_module",
     "quantized_modules",
-    "rescale_weights",
     "round_outputs",
     "rounded_outputs",
     "shared_tensors",

@@ -1,21 +1,15 @@
-"""Layers that compute as int8 kernels do: input and weight are rounded, gradients pass straight through."""
+"""Layers that compute as kernels on rounded weights and inputs do; gradients pass straight through."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ranksearch.quantization.formats import (
-    ACTIVATION_LEVELS,
-    CODE_LIMIT,
-    affine_range,
-    affine_step,
-    per_channel,
-    weight_scale,
-)
+from ranksearch.layers import build_layer, layer_spec
+from ranksearch.quantization.formats import ACTIVATION_LEVELS, affine_range, affine_step
+from ranksearch.quantization.weight_formats import Grid, Int8, WeightFormat
 
 # Until ranges are observed; positive, since with a step of zero OpenVINO silently leaves int8.
 PLACEHOLDER_RANGE = (0.0, 6.0)
@@ -63,77 +57,89 @@ class ActivationQuantizer(nn.Module):
         return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, 0, ACTIVATION_LEVELS)
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
+class _Rounded(nn.Module):
+    """A layer whose weight is rounded to a format, `weights`; its inputs are rounded where `activation` does so."""
 
-    weight_scale: Tensor
-    weight_zero_point: Tensor
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
 
-    def __init__(self, layer: nn.Linear, weight_limit: int = CODE_LIMIT) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d, weights: WeightFormat, *, rounds_inputs: bool) -> None:
         super().__init__()
-        _take_weights(self, layer, weight_limit)
-        self.weight_limit = weight_limit
-        self.activation: nn.Module = ActivationQuantizer()
+        spec = layer_spec(layer)
+        assert spec is not None, "quantize_module takes plain layers alone"
+        self.spec, self.weights = spec, weights
+        self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
+        bias = layer.bias
+        copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", copied)
+        grid = weights.fit(layer.weight)
+        self.register_buffer("weight_scale", grid.scale)
+        # A zero point that all weights of the format share is in no file.
+        is_own = weights.pack_grid(grid).zero_point is not None
+        self.register_buffer("weight_zero_point", grid.zero_point, persistent=is_own)
+        self.activation: nn.Module = ActivationQuantizer() if rounds_inputs else nn.Identity()
+        self.rounds_inputs = rounds_inputs
+
+    @property
+    def grid(self) -> Grid:
+        """What the weight is rounded to."""
+        return Grid(scale=self.weight_scale, zero_point=self.weight_zero_point)
+
+    @property
+    def rounded_weight(self) -> Tensor:
+        """The weight as kernels see it, in float; its gradient passes to `weight` where it is not clipped."""
+        return self.weights.round(self.weight, self.grid)
+
+    def in_float(self) -> nn.Linear | nn.Conv1d | nn.Conv2d:
+        """The plain layer of the rounded weight, whose inputs are not rounded."""
+        with torch.device("meta"):  # draws nothing
+            layer = build_layer(self.spec)
+        layer.weight = nn.Parameter(self.rounded_weight.detach(), requires_grad=self.weight.requires_grad)
+        layer.bias = cast(nn.Parameter, self.bias)
+        return layer.train(self.training)
+
+
+class QuantizedLinear(_Rounded):
+    """A linear layer that computes as kernels on rounded weights do."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias))
+        return functional.linear(self.activation(inputs), self.rounded_weight, cast(Tensor | None, self.bias))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sliding:
-    """How a convolution runs over its inputs: torch's settings, and what is padded before by other than zeros."""
+class _RoundedConvolution(_Rounded):
+    """What convolutions share: torch's settings, and how they pad by other than zeros."""
 
-    settings: dict[str, Any]
-    border: tuple[int, ...]
-    padding_mode: str
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d, weights: WeightFormat, *, rounds_inputs: bool) -> None:
+        super().__init__(layer, weights, rounds_inputs=rounds_inputs)
+        padding: Any = layer.padding if layer.padding_mode == "zeros" else 0
+        self.settings: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": padding,
+            "dilation": layer.dilation,
+            "groups": layer.groups,
+        }
+        self.border = tuple(layer._reversed_padding_repeated_twice)
+        self.padding_mode = layer.padding_mode
 
     def padded(self, values: Tensor) -> Tensor:
+        """The inputs with their border, where that is of other than zeros."""
         return values if self.padding_mode == "zeros" else functional.pad(values, self.border, mode=self.padding_mode)
 
 
-def _sliding(layer: nn.Conv1d | nn.Conv2d) -> _Sliding:
-    padding: Any = layer.padding if layer.padding_mode == "zeros" else 0
-    return _Sliding(
-        settings={"stride": layer.stride, "padding": padding, "dilation": layer.dilation, "groups": layer.groups},
-        border=tuple(layer._reversed_padding_repeated_twice),
-        padding_mode=layer.padding_mode,
-    )
-
-
-class QuantizedConv1d(nn.Module):
-    """A convolution over one axis with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
-
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-
-    def __init__(self, layer: nn.Conv1d, weight_limit: int = CODE_LIMIT) -> None:
-        super().__init__()
-        _take_weights(self, layer, weight_limit)
-        self.weight_limit = weight_limit
-        self.activation: nn.Module = ActivationQuantizer()
-        self._sliding = _sliding(layer)
+class QuantizedConv1d(_RoundedConvolution):
+    """A convolution over one axis that computes as kernels on rounded weights do."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        values, weight, bias = self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias)
-        return functional.conv1d(self._sliding.padded(values), weight, bias, **self._sliding.settings)
+        values, bias = self.padded(self.activation(inputs)), cast(Tensor | None, self.bias)
+        return functional.conv1d(values, self.rounded_weight, bias, **self.settings)
 
 
-class QuantizedConv2d(nn.Module):
-    """A convolution over two axes with int8 weights and inputs; `weight_limit` bounds the codes of the weights."""
-
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-
-    def __init__(self, layer: nn.Conv2d, weight_limit: int = CODE_LIMIT) -> None:
-        super().__init__()
-        _take_weights(self, layer, weight_limit)
-        self.weight_limit = weight_limit
-        self.activation: nn.Module = ActivationQuantizer()
-        self._sliding = _sliding(layer)
+class QuantizedConv2d(_RoundedConvolution):
+    """A convolution over two axes that computes as kernels on rounded weights do."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        values, weight, bias = self.activation(inputs), quantized_weight(self), cast(Tensor | None, self.bias)
-        return functional.conv2d(self._sliding.padded(values), weight, bias, **self._sliding.settings)
+        values, bias = self.padded(self.activation(inputs)), cast(Tensor | None, self.bias)
+        return functional.conv2d(values, self.rounded_weight, bias, **self.settings)
 
 
 QuantizedModule = QuantizedConv1d | QuantizedConv2d | QuantizedLinear
@@ -144,16 +150,18 @@ _QUANTIZED: dict[type[nn.Module], Callable[..., QuantizedModule]] = {
 }
 
 
-def quantize_module(module: nn.Module, weight_limit: int = CODE_LIMIT) -> QuantizedModule:
-    """The int8 counterpart of a plain nn.Conv1d, nn.Conv2d or nn.Linear, with a copy of its weights.
+def quantize_module(
+    module: nn.Module, weights: WeightFormat | None = None, *, rounds_inputs: bool = True
+) -> QuantizedModule:
+    """The counterpart of a plain nn.Conv1d, nn.Conv2d or nn.Linear with a copy of its weights, rounded to a format.
 
-    What is frozen stays so. The input's range is a placeholder until observe_ranges. Raises TypeError for any other
-    module.
+    Without one that is int8. What is frozen stays so. The input's range is a placeholder until observe_ranges. Raises
+    TypeError for any other module.
     """
     quantized = _QUANTIZED.get(type(module))
     if quantized is None:
         raise TypeError(f"{type(module).__name__} cannot be quantized; only nn.Conv1d, nn.Conv2d and nn.Linear can")
-    return quantized(module, weight_limit).train(module.training)
+    return quantized(module, weights or Int8(), rounds_inputs=rounds_inputs).train(module.training)
 
 
 def round_outputs(model: nn.Module, inputs: Mapping[str, str], results: Mapping[str, str]) -> None:
@@ -195,17 +203,6 @@ class _RoundOutput:
         return self.quantizer.round(output)
 
 
-def quantized_weight(module: QuantizedModule) -> Tensor:
-    """The weight as int8 kernels see it, in float; its gradient passes to `weight` within the codes' limit."""
-    weight, scale = module.weight, module.weight_scale
-    assert isinstance(weight, Tensor)
-    if module.weight_limit < CODE_LIMIT:
-        # Clamped here, since runtimes know no quantizer of so few levels.
-        bound = per_channel(scale * module.weight_limit, weight)
-        weight = torch.minimum(torch.maximum(weight, -bound), bound)
-    return torch.fake_quantize_per_channel_affine(weight, scale, module.weight_zero_point, 0, -CODE_LIMIT, CODE_LIMIT)
-
-
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
     """The quantized layers of the model by name, each once."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
@@ -217,28 +214,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 @torch.no_grad()
-def rescale_weights(model: nn.Module) -> None:
-    """Chooses every quantized layer's weight_scale anew for its present weight (in place)."""
-    for module in quantized_modules(model).values():
-        module.weight_scale.copy_(weight_scale(cast(Tensor, module.weight), module.weight_limit))
-
-
-@torch.no_grad()
 def freeze(model: nn.Module) -> None:
     """Snaps every quantized layer's float weight onto its grid (in place); outputs stay as they are, to the bit."""
     for module in quantized_modules(model).values():
-        cast(Tensor, module.weight).copy_(quantized_weight(module))
-
-
-def _take_weights(module: QuantizedModule, layer: nn.Conv1d | nn.Conv2d | nn.Linear, weight_limit: int) -> None:
-    """Copies weight and bias into `module`, trainable where they were, and registers the grid of the weight."""
-    if not 1 <= weight_limit <= CODE_LIMIT:
-        raise ValueError(f"weight_limit is {weight_limit}; it must be between 1 and {CODE_LIMIT}")
-    weight = layer.weight.detach()
-    module.weight = nn.Parameter(weight.clone(), requires_grad=layer.weight.requires_grad)
-    bias = layer.bias
-    copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    module.register_parameter("bias", copied)
-    module.register_buffer("weight_scale", weight_scale(weight, weight_limit))
-    zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-    module.register_buffer("weight_zero_point", zeros, persistent=False)
+        module.weight.copy_(module.rounded_weight)

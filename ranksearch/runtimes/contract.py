@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ranksearch.layers import call_model, layer_spec
-from ranksearch.quantization import freeze, observe_ranges, quantize_module
+from ranksearch.quantization import Int8, freeze, observe_ranges, quantize_module
 from ranksearch.runtimes.base import INT8_BITS, AbstractRuntime, AbstractSession, stayed_float
 from ranksearch.runtimes.structure import leaves_of
 from ranksearch.spec import Target
@@ -121,7 +121,7 @@ def _check_bits(runtime: AbstractRuntime, target: Target) -> None:
         bits = runtime.supported_bits(spec, target)
         _demand((32, 32) in bits, f"supported_bits({spec}) lacks (32, 32)")
         if INT8_BITS in bits:
-            quantized = quantize_module(layer, runtime.weight_limit(target)).eval()
+            quantized = quantize_module(layer, Int8(runtime.weight_limit(target))).eval()
             observe_ranges(quantized, [example])
             freeze(quantized)
             with torch.no_grad():

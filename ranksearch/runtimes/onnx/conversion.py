@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
-from ranksearch.quantization import CODE_LIMIT, freeze, quantized_modules
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.onnx.graph import Graph
 from ranksearch.runtimes.onnx.integers import multiply_integers
 from ranksearch.runtimes.onnx.quantizers import fold_batch_norms, round_after_moves, share_quantizers, store_codes
 from ranksearch.runtimes.onnx.session import LAYER_PREFIX, write_layers_of_outputs, write_structure
+from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 
 OPSET = 17
@@ -74,10 +74,7 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool) -> Any:
 
 def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...]]:
     """A copy of the model in eval mode, its quantized weights on their grid, so that export meets no clamp."""
-    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    freeze(frozen)
-    for module in quantized_modules(frozen).values():
-        module.weight_limit = CODE_LIMIT
+    frozen = fix_weights(copy.deepcopy(model).cpu().eval().requires_grad_(False))
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     return _Flat(frozen, structure_of(example)).eval(), leaves
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
-from ranksearch.quantization import CODE_LIMIT, freeze, quantized_modules
 from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
+from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
@@ -61,7 +61,7 @@ def _convert(model: nn.Module, example: Any) -> Any:
     inputs = structure_of(example)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     # OpenVINO shares memory with what it converts; a copy keeps later training out of the compiled model.
-    frozen = _on_grid(copy.deepcopy(model).cpu().eval().requires_grad_(False))
+    frozen = fix_weights(copy.deepcopy(model).cpu().eval().requires_grad_(False))
     outputs: list[Structure] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -127,14 +127,6 @@ def _constant_address(source: Any) -> int | None:
             return None
         node = node.input_value(0).get_node()
     return int(node.data.__array_interface__["data"][0])
-
-
-def _on_grid(model: nn.Module) -> nn.Module:
-    """The model with its quantized weights on their grid (in place), so that tracing meets no clamp."""
-    freeze(model)
-    for module in quantized_modules(model).values():
-        module.weight_limit = CODE_LIMIT
-    return model
 
 
 def _trace(flat: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:

@@ -13,6 +13,7 @@ from torch.export.passes import move_to_device_pass
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
 from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, in_precision
+from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import leaves_of, structure_of
 from ranksearch.spec import Target
 
@@ -26,7 +27,7 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
 
     Raises MeasurementError where torch.export cannot.
     """
-    module = deepcopy(model).eval().to("cpu", DTYPES.get(target.precision))
+    module = fix_weights(deepcopy(model).eval()).to("cpu", DTYPES.get(target.precision))
     inputs = in_precision(example, target)
     named = inputs if structure_of(inputs).kind == "mapping" else None
     placed = () if named else tuple(tensor.cpu() for tensor in leaves_of(inputs))

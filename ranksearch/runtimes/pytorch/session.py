@@ -18,6 +18,7 @@ from ranksearch.runtimes.base import AbstractSession, available_threads
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.pytorch.cuda import Accelerator, DeviceCall
 from ranksearch.runtimes.pytorch.engines import ENGINES, Engine
+from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import Structure, check_shape, leaves_of, named_leaves, structure_of
 from ranksearch.spec import Target
 
@@ -101,7 +102,7 @@ class Loaded:
 
 def load_module(model: nn.Module, example: Any, target: Target) -> Loaded:
     """A copy of the model in eval mode, in the target's precision."""
-    module = deepcopy(model).eval()
+    module = fix_weights(deepcopy(model).eval())
     layers = named_layers(module)
     holders = {name: part for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))}
     return Loaded(
