@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,10 +51,7 @@ def count_positions(spec: LayerSpec, outputs: Tensor) -> int:
 def channels_first(spec: LayerSpec, columns: Tensor) -> Tensor:
     """The last dimension put from taps, then channels, into the order of `weight.flatten(1)`."""
     n_taps = count_taps(spec)
-    if n_taps == 1:
-        return columns
-    order = torch.arange(columns.shape[-1], device=columns.device).reshape(n_taps, -1).T.flatten()
-    return columns.index_select(-1, order)
+    return columns if n_taps == 1 else columns.unflatten(-1, (n_taps, -1)).transpose(-1, -2).flatten(-2)
 
 
 def output_rows(spec: LayerSpec, outputs: Tensor) -> Tensor:

@@ -16,10 +16,19 @@ from typing import Any
 
 import torch
 
+from ranksearch.spec import load_study
+
 PACKAGES = ("torch", "openvino", "onnxruntime", "nncf", "optuna", "ranksearch")
 Answer = dict[str, Any]
 Question = Callable[[argparse.Namespace], tuple[Answer, list[str]]]
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def study_script(name: str) -> dict[str, Any]:
+    """What `studies/NAME.py` defines, imported anew and as commands do: torch.compile looks its classes' module up."""
+    path = ROOT / "studies" / f"{name}.py"
+    study = load_study(path)
+    return vars(sys.modules[study.model.__module__])
 
 
 def options(description: str) -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT
+from common import study_script
 from networks import cifar_resnet as cifar_resnet_of
 from torch import nn
 
@@ -50,7 +49,7 @@ class Subject:
 @functools.cache
 def cifar_resnet(depth: int) -> Subject:
     """He et al.'s ResNet for CIFAR-10 with its data, from the folder that RANKSEARCH_DATA names."""
-    study = runpy.run_path(str(ROOT / "studies" / "resnet20_cifar10.py"))
+    study = study_script("resnet20_cifar10")
     data = study["load_data"]()
     return _subject(f"ResNet-{depth}", _cifar_network(study, depth), data)
 
@@ -58,7 +57,7 @@ def cifar_resnet(depth: int) -> Subject:
 @functools.cache
 def digits_network() -> Subject:
     """A narrow network like the embedded study's, trained in seconds, with the study's data."""
-    study = runpy.run_path(str(ROOT / "studies" / "digits.py"))
+    study = study_script("digits")
     train = study["train_network"]
     train.__globals__["WIDTHS"] = DIGITS_WIDTHS
     return _subject("digits", train(seed=0, n_epochs=DIGITS_EPOCHS), study["load_data"]())

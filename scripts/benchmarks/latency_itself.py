@@ -8,7 +8,6 @@ The baseline, told and not judged, is the usual way: so many calls of the one, t
 
 import argparse
 import os
-import runpy
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT
+from common import study_script
 from torch import nn
 
 from ranksearch.device import device_lock
@@ -164,7 +163,7 @@ def _load(seed: int) -> Iterator[None]:
 
 def _network() -> tuple[nn.Module, str]:
     """The study's network: trained where RANKSEARCH_DATA names its weights, else with random ones."""
-    study = runpy.run_path(str(ROOT / "studies" / "resnet20_cifar10.py"))
+    study = study_script("resnet20_cifar10")
     if os.environ.get("RANKSEARCH_DATA"):
         model: nn.Module = study["load_model"]()
         return model.eval(), "trained"

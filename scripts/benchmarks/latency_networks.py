@@ -1,11 +1,10 @@
 """The networks whose latencies are predicted: random weights and inputs, as neither changes how long a model takes."""
 
-import runpy
 from dataclasses import dataclass
 
 import networks
 import torch
-from common import ROOT
+from common import study_script
 from torch import Tensor, nn
 
 from ranksearch.layers import LayerInfo, compressible_layers
@@ -42,7 +41,7 @@ def resnet18(batch_size: int = 1) -> Network:
 def digits(batch_size: int = 32) -> Network:
     """The embedded study's network."""
     torch.manual_seed(0)
-    study = runpy.run_path(str(ROOT / "studies" / "digits.py"))
+    study = study_script("digits")
     return _network("digits", study["build_network"](), torch.randn(batch_size, 1, 8, 8))
 
 

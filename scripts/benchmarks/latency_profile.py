@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import runpy
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from typing import Any
 import latency_networks
 import torch
 import torch.nn.functional as F
-from common import ROOT
+from common import study_script
 from torch import nn
 
 import ranksearch as rs
@@ -92,21 +91,21 @@ def _profile_twice(study: rs.StudySpec) -> dict[str, Any]:
 
 def _digits() -> rs.StudySpec:
     """The embedded study; its network is trained, or read from the cache, before the cache is emptied."""
-    study: rs.StudySpec = runpy.run_path(str(ROOT / "studies" / "digits.py"))["study"]
+    study: rs.StudySpec = study_script("digits")["study"]
     network = study.model()
     return replace(study, model=lambda: network)
 
 
 def _untrained_digits() -> rs.StudySpec:
     """The same without the half minute of training, on which no table's time depends."""
-    script = runpy.run_path(str(ROOT / "studies" / "digits.py"))
+    script = study_script("digits")
     torch.manual_seed(0)
     network = script["build_network"]().eval()
     return replace(script["study"], model=lambda: network)
 
 
 def _resnet20() -> rs.StudySpec:
-    study: rs.StudySpec = runpy.run_path(str(ROOT / "studies" / "resnet20_cifar10.py"))["study"]
+    study: rs.StudySpec = study_script("resnet20_cifar10")["study"]
     return study
 
 

@@ -1,12 +1,11 @@
 """Networks of the shapes that people run, in plain torch with random weights: ResNets, VGG-16, ViT-B/16."""
 
-import runpy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT
+from common import study_script
 from torch import Tensor, nn
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
@@ -108,7 +107,7 @@ class VisionTransformer(nn.Module):
 
 def cifar_resnet(depth: int, study: Mapping[str, Any] | None = None) -> nn.Module:
     """He et al.'s for CIFAR-10, as the study has ResNet-20: 6 n + 2 layers are n blocks in each of three stages."""
-    parts = study or runpy.run_path(str(ROOT / "studies" / "resnet20_cifar10.py"))
+    parts = study or study_script("resnet20_cifar10")
     network, block, n_blocks = parts["ResNet20"](), parts["BasicBlock"], (depth - 2) // 6
     for stage, (before, width) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
         first = block(before, width, 1 if stage == 1 else 2)
