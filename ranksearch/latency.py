@@ -105,15 +105,6 @@ def compare(
     )
 
 
-def noise_floor(first: Call, second: Call, **options: Any) -> float:
-    """How far from 1 the ratio of the same model to itself may lie: the farther end of its interval.
-
-    `first` and `second` are the same model, opened twice; options are those of compare.
-    """
-    latency = compare(first, second, **options)
-    return max(abs(latency.ratio_high - 1), abs(latency.ratio_low - 1))
-
-
 def median_interval(values: list[float]) -> tuple[float, float]:
     """A 95 % interval of the median from order statistics; with fewer than 6 values, all that were seen."""
     ordered, n = sorted(values), len(values)

@@ -17,7 +17,7 @@ from torch import nn
 from ranksearch import device as device_module
 from ranksearch import latency as latency_module
 from ranksearch.errors import MeasurementError
-from ranksearch.latency import OneThread, compare, measure_latency, median_interval, noise_floor, timed_call
+from ranksearch.latency import OneThread, compare, measure_latency, median_interval, timed_call
 from ranksearch.runtimes import DeviceTimed, get_runtime
 from ranksearch.spec import Target
 
@@ -71,14 +71,6 @@ def test_the_interval_holds_its_level_where_the_load_comes_and_goes() -> None:
     missed = sum(not each.ratio_low <= 1 <= each.ratio_high for each in measured)
     assert missed <= 0.08 * len(measured), "5 %, and what chance adds in one of a hundred such tests"
     assert {each.n_blocks for each in measured} == {20}, "no interval is narrow enough to stop early"
-
-
-def test_noise_floor_is_how_far_the_interval_reaches() -> None:
-    clock = FakeClock(noise=0.5)
-    floor = noise_floor(clock.call(0.004), clock.call(0.004), clock=clock)
-    assert 0 < floor < 0.2
-    steady = FakeClock()
-    assert noise_floor(steady.call(0.0022), steady.call(0.002), clock=steady) == pytest.approx(0.1)
 
 
 def test_noise_asks_for_more_blocks_and_time_ends_them() -> None:
