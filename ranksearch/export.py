@@ -242,6 +242,8 @@ from ranksearch.export import named_values, read_example
 from ranksearch.layers import call_model
 from ranksearch.spec import load_study
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python load_example.py STUDY.py, the script of the study that this was exported from")
 here = Path(__file__).parent
 model = rs.load(here, load_study(sys.argv[1]).model())
 inputs, expected = read_example(here)

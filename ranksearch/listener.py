@@ -8,7 +8,7 @@ from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import ResolvedLimits, TrialRecord, beaten_by, front
 from ranksearch.plan import Plan
-from ranksearch.results import Row, study_hypervolume, trial_rows
+from ranksearch.results import Row, gapped_trials, study_hypervolume, trial_rows
 from ranksearch.retention import keep_within
 from ranksearch.session import Session
 from ranksearch.spec import Objective
@@ -131,6 +131,10 @@ class Listener:
     def rows(self) -> list[Row]:
         """Every evaluated plan as it stands now."""
         return trial_rows(self.history, self.objectives, self.limits, read_json(self.home.remeasured))
+
+    def gapped(self) -> list[int]:
+        """The trials that are off the front, since the runtime scores them otherwise than torch."""
+        return gapped_trials(self.history, read_json(self.home.remeasured))
 
 
 def open_tracker(

@@ -27,8 +27,8 @@ def trial_rows(
     Latencies measured anew stand in place of those of the trial, and feasibility is judged by them; a plan whose
     accuracy on the runtime is not that of torch is off the front, and keeps no other off it.
     """
-    gapped = {r.plan.hash() for r in records if r.evaluation is not None and _has_gap(r.evaluation, remeasured)}
-    on_front = {record.number for record in front([r for r in records if r.plan.hash() not in gapped], objectives)}
+    gapped = gapped_trials(records, remeasured)
+    on_front = {record.number for record in front([r for r in records if r.number not in gapped], objectives)}
     rows = []
     for record in records:
         if record.evaluation is None or record.duplicate_of is not None:
@@ -40,6 +40,11 @@ def trial_rows(
         row["pareto"] = record.number in on_front
         rows.append(judged(row, limits) | {"summary": summary(record.plan, row)})
     return rows
+
+
+def gapped_trials(records: Sequence[TrialRecord], remeasured: Mapping[str, Figures]) -> list[int]:
+    """The trials that the runtime scores otherwise than torch, by more than the width of the drop's interval."""
+    return [r.number for r in records if r.evaluation is not None and _has_gap(r.evaluation, remeasured)]
 
 
 def evaluation_row(evaluation: Evaluation, limits: ResolvedLimits) -> Row:

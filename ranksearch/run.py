@@ -182,6 +182,7 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
         controls=listener.controls,
         plans={record.number: record.plan for record in listener.history},
         limits=limits,
+        gapped=listener.gapped(),
         stopped_early=request.should_stop(),
         pareto_url=tracker.url() if tracker.is_remote else None,
     )

@@ -13,7 +13,7 @@ from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import ResolvedLimits, read_records, read_study
 from ranksearch.plan import Plan, Provenance
 from ranksearch.report import ExportFacts, export_report
-from ranksearch.results import Row, choose, judged, resolve_goals, trial_rows
+from ranksearch.results import Row, choose, gapped_trials, judged, resolve_goals, trial_rows
 from ranksearch.spec import Goals, Objective
 
 if TYPE_CHECKING:
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """What a study found. `rows` hold every evaluated plan, `controls` the records beside the trials."""
+    """What a study found. `rows` hold every evaluated plan, `controls` the records beside the trials.
+
+    `gapped` are trials that are off the front, since the runtime scores them otherwise than torch.
+    """
 
     home: StudyHome
     rows: list[Row]
     controls: list[Row]
     plans: Mapping[int, Plan]
     limits: ResolvedLimits
+    gapped: Sequence[int] = ()
     stopped_early: bool = False
     pareto_url: str | None = None
 
@@ -65,13 +69,14 @@ def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
     objectives: tuple[Objective, ...] = tuple(record["objectives"])
     optuna_study = read_study(storage or home.directory, record["name"])
     limits = _stored_limits(optuna_study.user_attrs["limits"])
-    history = read_records(optuna_study)
+    history, remeasured = read_records(optuna_study), read_json(home.remeasured)
     return SearchResult(
         home=home,
-        rows=trial_rows(history, objectives, limits, read_json(home.remeasured)),
+        rows=trial_rows(history, objectives, limits, remeasured),
         controls=list(read_json(home.controls).get("controls", [])),
         plans={record.number: record.plan for record in history},
         limits=limits,
+        gapped=gapped_trials(history, remeasured),
     )
 
 

@@ -13,6 +13,7 @@ from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.results import (
     choose,
     evaluation_row,
+    gapped_trials,
     is_compressed,
     judged,
     recommended,
@@ -146,7 +147,9 @@ def test_what_was_measured_anew_counts_for_feasibility_too() -> None:
 
 
 def test_a_gap_takes_a_plan_off_the_front_and_gives_back_what_it_beat() -> None:
-    rows = rows_of(remeasured={plan_of(8).hash(): figures(0.6, 0.85), plan_of(4).hash(): figures(0.4, 0.8795)})
+    remeasured = {plan_of(8).hash(): figures(0.6, 0.85), plan_of(4).hash(): figures(0.4, 0.8795)}
+    rows = rows_of(remeasured=remeasured)
+    assert gapped_trials(HISTORY, remeasured) == [1]
     # Trial 3, which trial 1 alone had beaten in drop, is beaten by trial 2 as well.
     assert [row["trial"] for row in rows if row["pareto"]] == [0, 2]
     alone = trial_rows(

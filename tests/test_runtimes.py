@@ -46,6 +46,10 @@ INT8_CASES = {
     "conv": ([nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()], (4, 16, 8, 8)),
     "depthwise": ([nn.Conv2d(16, 16, 3, groups=16)], (4, 16, 8, 8)),
     "linear": ([nn.Linear(20, 10)], (4, 20)),
+    "linear_factors": (
+        [nn.Linear(64, 8, bias=False), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8, bias=False), nn.Linear(8, 10)],
+        (4, 64),
+    ),
     "factor_chain": (CHAIN, (4, 16, 8, 8)),
     "whole": (
         [

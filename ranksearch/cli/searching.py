@@ -11,7 +11,7 @@ import typer
 from ranksearch.cli.options import typed
 from ranksearch.cli.reading import export_choice, verify_export
 from ranksearch.cli.stopping import StopSignals
-from ranksearch.cli.terminal import Terminal, duration, err, print_controls, print_front, print_table, say
+from ranksearch.cli.terminal import Terminal, duration, err, print_controls, print_front, print_gaps, print_table, say
 from ranksearch.errors import StudyError
 from ranksearch.spec import StudySpec, load_study
 
@@ -136,6 +136,7 @@ def _print_result(result: "SearchResult", options: str) -> None:
     shown = thin(rows)
     if shown:
         print_front(shown, title=f"{result.home.name}: the front, {len(shown)} of {len(rows)} plans")
+    print_gaps(result.gapped)
     print_controls([*(r for r in result.rows if str(r["origin"]).startswith("control")), *result.controls])
     feasible = [row for row in rows if row["feasible"] and is_compressed(row)]
     if not feasible:

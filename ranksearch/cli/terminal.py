@@ -142,6 +142,15 @@ def print_front(rows: Sequence[Row], title: str) -> None:
             say(f"trial {row['trial']}: {_plan(row)}")
 
 
+def print_gaps(gapped: Sequence[int]) -> None:
+    """Which trials are off the front since the runtime scores them otherwise than torch."""
+    if gapped:
+        say(
+            f"off the front: trial {', '.join(map(str, gapped))}: on the runtime the score differs from torch's by more than the "
+            "drop's interval is wide"
+        )
+
+
 def print_controls(rows: Sequence[Row]) -> None:
     """What a user has without a search; what could not be measured comes after, with its reason."""
     measured = [row for row in rows if row["latency_ratio"] is not None]
@@ -222,8 +231,12 @@ def _drop(row: Row, prefix: str, unit: float) -> str:
     if drop is None:
         return ""
     digits = 1 if unit == 100 else 4
-    text = f"{round(unit * drop, digits) + 0.0:.{digits}f}"
-    return text if low is None or high is None else f"{text} ±{unit * (high - low) / 2:.{digits}f}"
+    text = _figure(round(unit * drop, digits) + 0.0, digits)
+    return text if low is None or high is None else f"{text} ±{_figure(unit * (high - low) / 2, digits)}"
+
+
+def _figure(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
 def _size(n_bytes: float) -> str:

@@ -51,7 +51,8 @@ def count_positions(spec: LayerSpec, outputs: Tensor) -> int:
 def channels_first(spec: LayerSpec, columns: Tensor) -> Tensor:
     """The last dimension put from taps, then channels, into the order of `weight.flatten(1)`."""
     n_taps = count_taps(spec)
-    return columns if n_taps == 1 else columns.unflatten(-1, (n_taps, -1)).transpose(-1, -2).flatten(-2)
+    by_tap = columns.reshape(*columns.shape[:-1], n_taps, -1)
+    return columns if n_taps == 1 else by_tap.transpose(-1, -2).flatten(-2)
 
 
 def output_rows(spec: LayerSpec, outputs: Tensor) -> Tensor:
