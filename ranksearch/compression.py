@@ -30,13 +30,15 @@ from ranksearch.quantization import (
     shared_tensors,
 )
 from ranksearch.refit import refit_last_factors
+from ranksearch.rounding import round_weights, sample_outputs
 from ranksearch.spec import Batches
 from ranksearch.statistics import LayerStatistics, check_complete, collect
+from ranksearch.statistics.rows import first_inputs
 from ranksearch.surgery import replace_modules
 from ranksearch.trees import first_examples
 
 PLACEHOLDER_SEED = 0
-RANGE_EXAMPLES = 512
+RANGE_EXAMPLES, ROUNDING_EXAMPLES = 512, 256
 # The (weight, activation) bits of a layer, and the options that say how its weights are rounded.
 BUILT_BITS: Mapping[tuple[int, int], tuple[str, ...]] = {
     (32, 32): (),
@@ -128,9 +130,10 @@ def compress(
 
     The factors minimise the change of each layer's output; then each last factor is solved again by least squares
     on the inputs that come from the already compressed layers before it; then the ranges of quantized activations
-    are set. Without calibration data factors are fitted to the weights alone, and 8-bit plans are refused.
-    `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model, and
-    `shared`, as shared_tensors gives it, a run of it on one example.
+    are set, and weights of 8 and 4 bits rounded on the inputs that come from the already rounded layers. Without
+    calibration data factors are fitted to the weights alone, weights rounded plainly, and plans with 8-bit activations
+    refused. `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model,
+    and `shared`, as shared_tensors gives it, a run of it on one example.
     Raises PlanError where the plan does not fit the model, or calibration data can be read only once; StudyError
     where the statistics are those of another model, or lack a layer that is to be factored.
     """
@@ -153,10 +156,23 @@ def compress(
         refit_last_factors(compressed, last_factors, model, calibration)
     if shared is None:
         shared = _find_shared(model, plan, calibration)
-    compressed = _quantize(compressed, plan, weight_limit, shared)
-    if calibration is not None:
-        calibrate_ranges(compressed, calibration)
-    return compressed
+    return _rounded(compressed, plan, weight_limit, shared, calibration)
+
+
+def _rounded(
+    model: nn.Module, plan: Plan, weight_limit: int, shared: SharedTensors, calibration: Batches | None
+) -> nn.Module:
+    """The filled model with its layers quantized, in place: ranges set, then weights rounded, on calibration data."""
+    integers = [name for name, choice in plan.layers.items() if choice.weight_bits < 16]
+    if calibration is None or not integers:
+        return _quantize(model, plan, weight_limit, shared)
+    inputs = first_inputs(calibration, ROUNDING_EXAMPLES)
+    factors = [_join(name, path) for name in integers for path in _factor_modules(model.get_submodule(name))]
+    wanted = sample_outputs(model, factors, inputs)
+    quantized = _quantize(model, plan, weight_limit, shared)
+    calibrate_ranges(quantized, calibration)
+    round_weights(quantized, wanted, inputs)
+    return quantized
 
 
 def calibrate_ranges(model: nn.Module, calibration: Batches) -> None:

@@ -16,7 +16,7 @@ FLOORS: dict[str, float] = {
     "cache": 1, "figures": 1, "latency_model": 1, "layers": 1, "plan": 1, "spec": 1, "surgery": 1, "trees": 1,
     "candidates": 2, "decompositions": 2, "device": 2, "home": 2, "machine": 2, "quantization": 2, "scoring": 2,
     "statistics": 2,
-    "factorisations": 2.5, "refit": 2.5, "weights": 2.5,
+    "factorisations": 2.5, "refit": 2.5, "rounding": 2.5, "weights": 2.5,
     "compression": 3, "runtimes": 3,
     "latency": 3.5, "recovery": 4, "workbench": 4,
     "identity": 5, "layer_timing": 4.5, "staircase": 4.75, "profiling": 5,

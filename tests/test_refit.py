@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
 from ranksearch.layers import call_model, evaluating
-from ranksearch.refit import refit_last_factors, solve_centred
+from ranksearch.refit import refit_last_factors
+from ranksearch.statistics.least_squares import solve_centred
 from ranksearch.surgery import replace_modules
 
 

@@ -146,8 +146,8 @@ def print_gaps(gapped: Sequence[int]) -> None:
     """Which trials are off the front since the runtime scores them otherwise than torch."""
     if gapped:
         say(
-            f"off the front: trial {', '.join(map(str, gapped))}: on the runtime the score differs from torch's by more than the "
-            "drop's interval is wide"
+            f"off the front: trial {', '.join(map(str, gapped))}: on the runtime the score differs from torch's "
+            "by more than the drop's interval is wide"
         )
 
 

@@ -1,11 +1,13 @@
 """Rounded layers: the arithmetic, the modules that run it, ranges from data, and the packed bits of a file."""
 
+from ranksearch.quantization.error_compensation import compensated
 from ranksearch.quantization.formats import CODE_LIMIT, weight_codes, weight_scale
 from ranksearch.quantization.modules import (
     ActivationQuantizer,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedLinear,
+    QuantizedModule,
     activation_quantizers,
     freeze,
     quantize_module,
@@ -26,10 +28,12 @@ __all__ = [
     "QuantizedConv1d",
     "QuantizedConv2d",
     "QuantizedLinear",
+    "QuantizedModule",
     "RoundedOutputs",
     "SharedTensors",
     "WeightFormat",
     "activation_quantizers",
+    "compensated",
     "freeze",
     "load_packed",
     "observe_ranges",

@@ -1,7 +1,7 @@
 """Layers that compute as kernels on rounded weights and inputs do; gradients pass straight through."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,8 @@ class ActivationQuantizer(nn.Module):
 class _Rounded(nn.Module):
     """A layer whose weight is rounded to a format, `weights`; its inputs are rounded where `activation` does so."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
 
@@ -95,7 +97,7 @@ class _Rounded(nn.Module):
         with torch.device("meta"):  # draws nothing
             layer = build_layer(self.spec)
         layer.weight = nn.Parameter(self.rounded_weight.detach(), requires_grad=self.weight.requires_grad)
-        layer.bias = cast(nn.Parameter, self.bias)
+        layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
 
@@ -103,7 +105,7 @@ class QuantizedLinear(_Rounded):
     """A linear layer that computes as kernels on rounded weights do."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(self.activation(inputs), self.rounded_weight, cast(Tensor | None, self.bias))
+        return functional.linear(self.activation(inputs), self.rounded_weight, self.bias)
 
 
 class _RoundedConvolution(_Rounded):
@@ -130,16 +132,14 @@ class QuantizedConv1d(_RoundedConvolution):
     """A convolution over one axis that computes as kernels on rounded weights do."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        values, bias = self.padded(self.activation(inputs)), cast(Tensor | None, self.bias)
-        return functional.conv1d(values, self.rounded_weight, bias, **self.settings)
+        return functional.conv1d(self.padded(self.activation(inputs)), self.rounded_weight, self.bias, **self.settings)
 
 
 class QuantizedConv2d(_RoundedConvolution):
     """A convolution over two axes that computes as kernels on rounded weights do."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        values, bias = self.padded(self.activation(inputs)), cast(Tensor | None, self.bias)
-        return functional.conv2d(values, self.rounded_weight, bias, **self.settings)
+        return functional.conv2d(self.padded(self.activation(inputs)), self.rounded_weight, self.bias, **self.settings)
 
 
 QuantizedModule = QuantizedConv1d | QuantizedConv2d | QuantizedLinear

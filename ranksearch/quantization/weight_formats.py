@@ -32,6 +32,14 @@ class Grid(NamedTuple):
     zero_point: Tensor | None = None
 
 
+class Levels(NamedTuple):
+    """What each weight (T, D) may become: its step times an integer from lowest to highest."""
+
+    step: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+
 class WeightFormat(abc.ABC):
     """A way to round a weight; `dtype` is what a file holds it in."""
 
@@ -57,6 +65,10 @@ class WeightFormat(abc.ABC):
     @abc.abstractmethod
     def unpack(self, packed: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
         """The float weight of this shape that `pack` was given, on its grid, to the bit."""
+
+    def levels(self, grid: Grid, shape: torch.Size) -> Levels | None:
+        """The levels of a weight of this shape; None where they are not evenly spaced."""
+        return None
 
     def pack_grid(self, grid: Grid) -> Grid:
         """The grid as a file holds it."""
@@ -123,6 +135,11 @@ class Int8(WeightFormat):
     def unpack(self, packed: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
         return packed.float() * per_channel(_known(grid.scale), packed)
 
+    def levels(self, grid: Grid, shape: torch.Size) -> Levels:
+        step = _known(grid.scale)[:, None].expand(shape[0], shape[1:].numel())
+        highest = torch.full_like(step, self.limit)
+        return Levels(step=step, lowest=-highest, highest=highest)
+
     def pack_grid(self, grid: Grid) -> Grid:
         return Grid(scale=grid.scale)
 
@@ -174,13 +191,13 @@ class Int4(WeightFormat):
         return pack_nibbles(self.codes(weight, grid))
 
     def unpack(self, packed: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
-        n_inputs = shape[1:].numel()
-        codes = unpack_nibbles(packed, shape.numel()).reshape(shape[0], n_inputs)
-        scale, zero = (
-            _known(values).repeat_interleave(self.group_size, dim=1)[:, :n_inputs]
-            for values in (grid.scale, grid.zero_point)
-        )
+        codes = unpack_nibbles(packed, shape.numel()).reshape(shape[0], -1)
+        scale, zero = self._by_weight(grid, shape)
         return ((codes.int() - zero).float() * scale).reshape(shape)
+
+    def levels(self, grid: Grid, shape: torch.Size) -> Levels:
+        scale, zero = self._by_weight(grid, shape)
+        return Levels(step=scale, lowest=-zero.to(scale), highest=(N_LEVELS - 1 - zero).to(scale))
 
     def pack_grid(self, grid: Grid) -> Grid:
         zero = pack_nibbles(_known(grid.zero_point).to(torch.uint8)) if self.scheme == "affine" else None
@@ -192,6 +209,12 @@ class Int4(WeightFormat):
             return Grid(scale=scale, zero_point=torch.full_like(scale, SYMMETRIC_ZERO, dtype=torch.int32))
         zero = unpack_nibbles(_known(packed.zero_point), scale.numel()).int().reshape(scale.shape)
         return Grid(scale=scale, zero_point=zero)
+
+    def _by_weight(self, grid: Grid, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Step and zero point of each weight, (T, D)."""
+        spread = (_known(values).repeat_interleave(self.group_size, dim=1) for values in (grid.scale, grid.zero_point))
+        scale, zero = (values[:, : shape[1:].numel()] for values in spread)
+        return scale, zero
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """The weight as (T * groups, group_size), its last groups filled up with zeros."""
