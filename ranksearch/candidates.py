@@ -19,7 +19,10 @@ TimePlan = Callable[[Plan], float]
 
 
 class Candidate(BaseModel):
-    """One choice for one layer: predicted loss (in nats of KL to dense), latency on the target, bytes on disk."""
+    """One choice for one layer: predicted loss (in nats of KL to dense), latency on the target, bytes on disk.
+
+    `storage_only` where no kernel of the target computes with its bits.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,6 +30,12 @@ class Candidate(BaseModel):
     loss: float
     latency_ms: float
     n_bytes: int
+    storage_only: bool = False
+
+    @property
+    def label(self) -> str:
+        """The choice in a table's cell, with a word where its bits are for storage only."""
+        return f"{self.choice.label}{' (storage only)' if self.storage_only else ''}"
 
 
 class LayerProfile(BaseModel):

@@ -39,7 +39,7 @@ class Evaluation(BaseModel):
     """What one trial measured, and how far up the ladder it went.
 
     Drops are dense minus plan in score units, ratios plan over dense, intervals at 95 %. What a stopped plan did
-    not reach is None. `stayed_float` names the 8-bit layers that the runtime does not multiply in integers, with the
+    not reach is None. `stayed_float` names the 8- and 4-bit layers that the runtime does not compute so, with the
     kernel that runs each. `seconds` says where the time went, by step.
     """
 

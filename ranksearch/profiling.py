@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ranksearch.bits import OfferedBits
 from ranksearch.candidates import Candidate, LayerProfile, Profile, TimePlan, fit_latency
 from ranksearch.compression import compress, rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
@@ -27,6 +28,9 @@ KL_BATCHES = 2
 # correlation of the summed losses and the measured one was 0.917 so, 0.875 with the middle alone.
 REFERENCES = (0.1, 0.5, 0.9)
 
+# What 16-bit floats lose is beyond measuring.
+MILDEST_BITS = 16
+
 TimeLayer = Callable[[LayerInfo, nn.Module, Sequence[LayerChoice]], LayerTimes]
 Timed = dict[tuple[LayerSpec, tuple[int, ...]], list[LayerChoice]]
 
@@ -45,7 +49,7 @@ class ProfileMaker:
     loss: Any
     space: Space
     objectives: tuple[Objective, ...]
-    bits: Callable[[LayerSpec], tuple[tuple[int, int], ...]]
+    bits: Callable[[LayerSpec], Sequence[OfferedBits]]
     time_layer: TimeLayer
     time_plan: TimePlan
     weight_limit: int
@@ -77,7 +81,8 @@ class ProfileMaker:
         worth_timing = _worth_timing(info, kept, losses) if settled is None else list(losses)
         timed.setdefault(alike, worth_timing)
         sizes = {choice: packed_bytes(rebuild(alone, Plan(layers={"0": choice}))) for choice in worth_timing}
-        ratios, dense_ms = self._times(info, layer, worth_timing)
+        stored = {(b.weight_bits, b.activation_bits) for b in self.bits(info.spec) if b.storage_only}
+        ratios, dense_ms = self._times(info, layer, worth_timing, stored)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {
             "drop": losses.__getitem__,
             "latency": ratios.__getitem__,
@@ -89,45 +94,51 @@ class ProfileMaker:
         chosen = _thinned(sorted(undominated, key=losses.__getitem__), kept, MAX_CANDIDATES)
         self._keep_factors(info.name, chosen)
         candidates = [
-            Candidate(choice=choice, loss=losses[choice], latency_ms=ratios[choice] * dense_ms, n_bytes=sizes[choice])
+            Candidate(
+                choice=choice,
+                loss=losses[choice],
+                latency_ms=ratios[choice] * dense_ms,
+                n_bytes=sizes[choice],
+                storage_only=(choice.weight_bits, choice.activation_bits) in stored,
+            )
             for choice in chosen
         ]
         return tuple(sorted(candidates, key=lambda candidate: (candidate.latency_ms, candidate.loss)))
 
     def _times(
-        self, info: LayerInfo, layer: nn.Module, choices: Sequence[LayerChoice]
+        self, info: LayerInfo, layer: nn.Module, choices: Sequence[LayerChoice], stored: set[tuple[int, int]]
     ) -> tuple[dict[LayerChoice, float], float]:
-        """Each choice's latency ratio to dense, and dense's milliseconds in all its calls."""
+        """Each choice's latency ratio to dense, and dense's milliseconds in all its calls.
+
+        Bits that are only `stored` are computed in float, and take as long.
+        """
+        runs = {c: c.in_float if (c.weight_bits, c.activation_bits) in stored else c for c in choices}
         # Dense is timed as the others' reference, and is 1 by definition.
-        timed = [choice for choice in choices if choice != DENSE] or [DENSE]
+        timed = [choice for choice in dict.fromkeys(runs.values()) if choice != DENSE] or [DENSE]
         times = self.time_layer(info, layer, timed)
         dense_ms = float(np.median([reference_ms for _, reference_ms in times.values()])) * info.n_calls
-        return {**{choice: ratio for choice, (ratio, _) in times.items()}, DENSE: 1.0}, dense_ms
+        ratios = {**{choice: ratio for choice, (ratio, _) in times.items()}, DENSE: 1.0}
+        return {choice: ratios[run] for choice, run in runs.items()}, dense_ms
 
     def _losses(
         self, info: LayerInfo, kept: set[LayerChoice], timed: Sequence[LayerChoice] | None
     ) -> dict[LayerChoice, float]:
         """The predicted loss in nats of KL to dense: of each choice that is `timed`, of all where that is not settled.
 
-        The closed form is set to scale by measured KLs; the loss of quantization is measured once, on the layer
-        that is only quantized, and added to each quantized choice.
+        The closed form is set to scale by measured KLs; the loss of bits is measured once for each pair, on the layer
+        that is only quantized, and added to each choice in those bits.
         """
-        bits = [b for b in self.bits(info.spec) if b[0] in self.space.weight_bits]
+        bits = self.bits(info.spec)
         wanted = kept if timed is None else kept | set(timed)
         shapes = _shapes(info.spec, self.space, wanted) if timed is None else _factored(wanted)
         raw = dict(self._closed_forms(info, shapes))
         scale = self._scale(info.name, raw)
         floats = {DENSE: 0.0, **{shape: loss * scale for shape, loss in raw.items()}}
-        offered = [
-            shape.with_bits(*b) for shape in floats for b in bits if shape.decomposition in self.space.decompositions
-        ]
+        offered = [b.of(shape) for shape in floats for b in bits if shape.decomposition in self.space.decompositions]
         choices = sorted({*offered, *kept} if timed is None else wanted, key=LayerChoice.key)
-        any_quantized = any(choice.weight_bits == 8 for choice in choices)
-        quantization_loss = self._measured(info.name, DENSE.with_bits(8, 8)) if any_quantized else 0.0
-        return {
-            choice: floats[choice.in_float] + (quantization_loss if choice.weight_bits == 8 else 0.0)
-            for choice in choices
-        }
+        plain = dict.fromkeys(_only_rounded(choice) for choice in choices)
+        rounding = {c: self._measured(info.name, c) if c.weight_bits < MILDEST_BITS else 0.0 for c in plain}
+        return {choice: floats[choice.in_float] + rounding[_only_rounded(choice)] for choice in choices}
 
     def _closed_forms(self, info: LayerInfo, shapes: Sequence[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
         """Predicted losses, not yet to scale, of float choices that shrink the layer."""
@@ -186,6 +197,11 @@ def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[Layer
     return sorted(shapes, key=LayerChoice.key)
 
 
+def _only_rounded(choice: LayerChoice) -> LayerChoice:
+    """The undecomposed layer in the choice's bits."""
+    return DENSE.with_bits(choice.weight_bits, choice.activation_bits, **choice.rounding_options)
+
+
 def _factored(choices: Iterable[LayerChoice]) -> list[LayerChoice]:
     """The choices that factor the layer, in float."""
     return sorted({choice.in_float for choice in choices if choice.decomposition != "none"}, key=LayerChoice.key)
@@ -212,7 +228,7 @@ def _by_bits(choices: Iterable[LayerChoice]) -> dict[str, list[LayerChoice]]:
 
 
 def _worth_timing(info: LayerInfo, kept: set[LayerChoice], losses: Mapping[LayerChoice, float]) -> list[LayerChoice]:
-    """The kept choices, and of either bits as many of those that no other beats in loss, parameters and MACs."""
+    """The kept choices, and of all bits as many of those that no other beats in loss, parameters and MACs."""
     counts = {choice: _counts(info, choice) for choice in dict.fromkeys(choice.in_float for choice in losses)}
     chosen: list[LayerChoice] = []
     groups = list(_by_bits(losses).values())

@@ -118,7 +118,7 @@ def plan_layers(profile: Profile, plan: Plan) -> list[Row]:
         rows.append(
             {
                 "layer": layer.name,
-                "choice": chosen.choice.label,
+                "choice": chosen.label,
                 "predicted_loss": chosen.loss,
                 "saved_ms": dense.latency_ms - chosen.latency_ms,
                 "saved_bytes": dense.n_bytes - chosen.n_bytes,
@@ -181,7 +181,9 @@ def _notes(record: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
     """What a report has to say of layers: why they were skipped, and which bits are smaller but no faster."""
     skipped = [f"{name}: {reason}" for name, reason in record.get("skipped", {}).items()]
     in_float = runtime.get("stayed_float", {})
-    return skipped + [f"{name}: 8 bits in the file, computed in float ({kernel})" for name, kernel in in_float.items()]
+    return skipped + [
+        f"{name}: fewer bits in the file, computed in float ({kernel})" for name, kernel in in_float.items()
+    ]
 
 
 def _chosen(result: SearchResult, minimize: str, trial: int | None, run_id: str | None) -> tuple[Row, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ranksearch.bits import offered_bits
 from ranksearch.cache import Cache, cache_directory, write_atomically
 from ranksearch.candidates import Profile
 from ranksearch.controls import control_plans
@@ -122,7 +123,9 @@ def make_profile(
             loss=spec.loss,
             space=replace(spec.space, rank_multiple=multiple),
             objectives=spec.objectives,
-            bits=lambda layer: bench.runtime.supported_bits(layer, target),
+            bits=lambda layer: offered_bits(
+                bench.runtime, layer, target, spec.space.weight_bits, for_size="bytes" in spec.objectives
+            ),
             time_layer=LayerTimer(**timing),
             time_plan=PlanTimer(
                 model=bench.model, example=bench.example, dense=bench.dense.session, shared=bench.shared, **timing

@@ -14,7 +14,7 @@ from ranksearch.goals import Limit, parse_drop, parse_latency, parse_size
 Batches = Iterable[tuple[Any, Any]]
 Objective = Literal["drop", "latency", "bytes"]
 OBJECTIVES: tuple[Objective, ...] = ("drop", "latency", "bytes")
-WEIGHT_BITS = (32, 8)
+WEIGHT_BITS = (32, 16, 8, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,8 @@ class Goals:
 class Space:
     """What may be chosen. `only` and `skip` are globs on layer names; ranks are multiples of `rank_multiple`.
 
-    None takes the multiple that the target's kernels compute in, which is measured.
+    None takes the multiple that the target's kernels compute in, which is measured. `weight_bits` are some of 32, 16,
+    8 and 4; bits that no kernel of the target runs are offered for storage only, where size is an objective.
 
     Raises StudyError for what cannot be chosen from.
     """
@@ -140,7 +141,7 @@ class Space:
             object.__setattr__(self, name, tuple(value))
         unknown = [bits for bits in self.weight_bits if bits not in WEIGHT_BITS]
         if unknown or not self.weight_bits:
-            raise StudyError(f"Space.weight_bits is {self.weight_bits}; what is built is {WEIGHT_BITS}, one or both")
+            raise StudyError(f"Space.weight_bits is {self.weight_bits}; choose out of {WEIGHT_BITS}")
         if not self.decompositions:
             raise StudyError("Space.decompositions is empty; name at least 'none'")
         if self.rank_multiple is not None and self.rank_multiple < 1:

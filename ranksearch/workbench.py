@@ -85,8 +85,8 @@ class Workbench:
             return compare(call, self.dense.run, seed=self.spec.seed, **options)
 
     def stayed_float(self, model: nn.Module, session: AbstractSession) -> dict[str, str]:
-        """The model's 8-bit layers that the session, opened from it, runs in float, with the kernel of each."""
-        quantized = [name for name, module in quantized_modules(model).items() if module.rounds_inputs]
+        """The model's 8- and 4-bit layers that the session, opened from it, runs in float, with the kernel of each."""
+        quantized = [name for name, module in quantized_modules(model).items() if module.weights.bits < 16]
         # To tell its kernels a runtime may have to run the model again.
         return stayed_float(quantized, session.layer_kernels()) if quantized else {}
 

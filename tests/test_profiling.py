@@ -1,6 +1,6 @@
 """The candidate table of a trained network, with latencies from a formula and from the runtime."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_study import INT8
 from torch import nn
 
+from ranksearch.bits import OfferedBits
 from ranksearch.candidates import Candidate, Profile
 from ranksearch.compression import compress, rebuild
 from ranksearch.controls import control_plans
@@ -44,8 +45,14 @@ def by_formula(_info: LayerInfo, _layer: nn.Module, choices: Sequence[LayerChoic
     return {choice: (0.9 if choice == DENSE else ratio(choice), 0.4) for choice in choices}
 
 
-def supported(spec: LayerSpec) -> tuple[tuple[int, int], ...]:
-    return ((32, 32), (8, 8))
+def offered(*weight_bits: int) -> Callable[[LayerSpec], list[OfferedBits]]:
+    """Kernels for floats and for 8 bits; other bits for storage only."""
+    kernels = {32: 32, 8: 8}
+    bits = [
+        OfferedBits(weight_bits=w, activation_bits=kernels.get(w, 32), storage_only=w not in kernels)
+        for w in weight_bits
+    ]
+    return lambda _spec: bits
 
 
 def make(
@@ -59,7 +66,7 @@ def make(
         "loss": bench.spec.loss,
         "space": bench.spec.space,
         "objectives": ("drop", "latency", "bytes"),
-        "bits": supported,
+        "bits": offered(32, 8),
         "time_layer": by_formula,
         "time_plan": lambda plan: sum(0.2 * ratio(plan.choice(name)) for name in bench.found.layers) + 0.2,
         "weight_limit": 127,
@@ -165,7 +172,7 @@ def test_layers_of_one_shape_share_what_is_timed() -> None:
         loss=F.cross_entropy,
         space=Space(decompositions=("none", "svd", "spatial_svd", "tucker2"), rank_multiple=2),
         objectives=("drop", "latency", "bytes"),
-        bits=supported,
+        bits=offered(32, 8),
         time_layer=time_layer,
         time_plan=lambda _plan: 0.9,
         weight_limit=127,
@@ -220,7 +227,7 @@ def test_the_space_bounds_all_but_the_controls(
 ) -> None:
     narrow = replace(bench, spec=replace(bench.spec, space=space))
     plans = [plan for _, plan in control_plans(narrow)]
-    table = make(narrow, factorisations, plans, space=space)
+    table = make(narrow, factorisations, plans, space=space, bits=offered(*space.weight_bits))
     for layer in table.layers:
         wanted = {DENSE, *(plan.choice(layer.name) for plan in plans)}
         found = {candidate.choice for candidate in layer.candidates}
@@ -230,8 +237,33 @@ def test_the_space_bounds_all_but_the_controls(
 
 
 def test_a_target_without_int8_gets_none(bench: Workbench, factorisations: Factorisations) -> None:
-    table = make(bench, factorisations, [], bits=lambda _spec: ((32, 32),))
+    table = make(bench, factorisations, [], bits=offered(32))
     assert all(c.choice.weight_bits == 32 for layer in table.layers for c in layer.candidates)
+
+
+def test_bits_for_storage_only_take_as_long_as_float_and_fewer_bytes(
+    bench: Workbench, factorisations: Factorisations
+) -> None:
+    timed: set[LayerChoice] = set()
+
+    def time_layer(info: LayerInfo, layer: nn.Module, choices: Sequence[LayerChoice]) -> LayerTimes:
+        timed.update(choices)
+        return by_formula(info, layer, choices)
+
+    table = make(bench, factorisations, bits=offered(32, 16, 8, 4), time_layer=time_layer)
+    assert {choice.weight_bits for choice in timed} == {32, 8}
+    for layer in table.layers:
+        by_choice = {candidate.choice: candidate for candidate in layer.candidates}
+        assert len(by_choice) <= MAX_CANDIDATES
+        assert {candidate.choice.weight_bits for candidate in layer.candidates if candidate.storage_only} <= {16, 4}
+        for choice, candidate in by_choice.items():
+            assert candidate.storage_only == (choice.weight_bits in (16, 4))
+            assert candidate.label.endswith("(storage only)") == candidate.storage_only
+            if candidate.storage_only and choice.in_float in by_choice:
+                in_float = by_choice[choice.in_float]
+                assert candidate.latency_ms == in_float.latency_ms
+                assert candidate.n_bytes < in_float.n_bytes and candidate.loss >= in_float.loss
+    assert any(candidate.choice.weight_bits == 4 for layer in table.layers for candidate in layer.candidates)
 
 
 @given(data=st.data())

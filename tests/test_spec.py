@@ -108,9 +108,9 @@ def test_lists_become_tuples_and_a_bare_string_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_bits": [4]}, r"Space.weight_bits is \(4,\); what is built is \(32, 8\)"),
-        ({"weight_bits": (32, 16)}, "Space.weight_bits"),
-        ({"weight_bits": ()}, "one or both"),
+        ({"weight_bits": [3]}, r"Space.weight_bits is \(3,\); choose out of \(32, 16, 8, 4\)"),
+        ({"weight_bits": (32, 2)}, "Space.weight_bits"),
+        ({"weight_bits": ()}, "choose out of"),
         ({"weight_bits": 8}, r"write \[8\]"),
         ({"decompositions": ()}, "name at least 'none'"),
     ],

@@ -164,9 +164,9 @@ def _profile_row(layer: "LayerProfile") -> tuple[str, ...]:
         f"{dense.latency_ms:.3f}",
         f"{dense.n_bytes:,}",
         str(len(layer.candidates)),
-        "none" if mildest is None else f"{mildest.choice.label}: {mildest.latency_ms:.3f} ms, loss {mildest.loss:.2g}",
-        f"{smallest.choice.label}: {smallest.n_bytes:,}, loss {smallest.loss:.2g}",
-        "no rank" if largest is None else largest.choice.label,
+        "none" if mildest is None else f"{mildest.label}: {mildest.latency_ms:.3f} ms, loss {mildest.loss:.2g}",
+        f"{smallest.label}: {smallest.n_bytes:,}, loss {smallest.loss:.2g}",
+        "no rank" if largest is None else largest.label,
     )
 
 

@@ -254,7 +254,7 @@ def _outcome(record: "TrialRecord", row: Row | None) -> str:
         return f"failed: {' '.join(str(record.reason).split())}"
     parts = [str(row["summary"])]
     if record.evaluation is not None and record.evaluation.stayed_float:
-        parts.append(f"{len(record.evaluation.stayed_float)} of its 8-bit layers ran in float")
+        parts.append(f"{len(record.evaluation.stayed_float)} of its 8- and 4-bit layers ran in float")
     if record.evaluation is not None and record.evaluation.stopped:
         parts.append(f"stopped: {record.evaluation.stopped}")
     return "; ".join(parts)
