@@ -28,7 +28,8 @@ def check_decomposition(
 
     On each, with a metric and without: the factors have the shapes of the modules that `build` gives, which are plain
     and have a bias on the last alone, and the counted parameters and multiply-adds are theirs; at `max_ranks` they
-    give the layer back to 1e-5 of its norm; at lower ranks they compute what `weight` says; the error does not grow
+    give the layer back to 1e-5 of its norm; at lower ranks, however uneven, they compute what `weight` says; the error
+    does not grow
     with the ranks, without a metric in the Frobenius norm and with one of inputs alone in its cost; no cost is above
     that of the factors found without the metric; every trainable factor gets a gradient; and weights of zero, dead
     channels and inputs that depend on each other give finite numbers.
@@ -64,7 +65,7 @@ def _check_layer(case: _Case) -> None:
     weight = torch.randn(case.spec.weight_shape)
     plain = case.factorise(weight, None)
     _check_exact(case, plain, weight, "no metric")
-    for ranks in case.path:
+    for ranks in [*case.path, *_uneven(case.path[-1])]:
         _check_modules(case, plain, ranks)
     errors = [float((plain.weight(ranks) - weight).norm() / weight.norm()) for ranks in case.path]
     _check_falling(case, errors, "no metric")
@@ -73,10 +74,15 @@ def _check_layer(case: _Case) -> None:
     _check_finite(case)
 
 
+def _uneven(most: Ranks) -> list[Ranks]:
+    """Each rank at its least with the others at their most."""
+    return [(*most[:i], 1, *most[i + 1 :]) for i in range(len(most))] if len(most) > 1 else []
+
+
 def _check_metric(case: _Case, plain: Factorisation, weight: Tensor, name: str, metric: Metric) -> None:
     aware = case.factorise(weight, metric)
     _check_exact(case, aware, weight, name)
-    for ranks in case.path:
+    for ranks in [*case.path, *_uneven(case.path[-1])]:
         _check_function(case, aware, ranks, name)
     whole = max(metric.cost(weight), 1e-30)
     costs = [metric.cost(weight - aware.weight(ranks)) / whole for ranks in case.path]

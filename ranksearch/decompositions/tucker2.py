@@ -85,7 +85,11 @@ class SequentialFactorisation(Factorisation):
         solved, normal = self._solver.solve(rank_in)
         project, output = weighed_directions(solved, normal, self._output_roots)
         core = (project.mT @ solved).reshape(-1, rank_in, *self._solver.folding.last_kernel)
-        return _single(output[0], core, self._solver.first[0, :rank_in].T)
+        # So few inputs may not fill all output ranks; the rest is nothing.
+        n_missing = self._whole.output.shape[1] - core.shape[0]
+        columns = torch.nn.functional.pad(output[0], (0, n_missing))
+        slices = torch.cat([core, core.new_zeros(n_missing, *core.shape[1:])])
+        return _single(columns, slices, self._solver.first[0, :rank_in].T)
 
 
 @final

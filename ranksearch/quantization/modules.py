@@ -96,7 +96,7 @@ class _Rounded(nn.Module):
         """The plain layer of the rounded weight, whose inputs are not rounded."""
         with torch.device("meta"):  # draws nothing
             layer = build_layer(self.spec)
-        layer.weight = nn.Parameter(self.rounded_weight.detach(), requires_grad=self.weight.requires_grad)
+        layer.weight = nn.Parameter(self.rounded_weight.detach().contiguous(), requires_grad=self.weight.requires_grad)
         layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 

@@ -2,8 +2,13 @@
 
 from torch import nn
 
-from ranksearch.quantization import Int8, freeze, quantized_modules
+from ranksearch.quantization import Int8, QuantizedModule, freeze, quantized_modules
 from ranksearch.surgery import replace_modules
+
+
+def stored_layers(model: nn.Module) -> dict[str, QuantizedModule]:
+    """The layers of the model, by name, whose weights alone are rounded."""
+    return {name: module for name, module in quantized_modules(model).items() if not module.rounds_inputs}
 
 
 def fix_weights(model: nn.Module) -> nn.Module:

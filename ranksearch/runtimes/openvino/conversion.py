@@ -18,7 +18,8 @@ from ranksearch.layers import call_model
 from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
-from ranksearch.runtimes.rounding import fix_weights
+from ranksearch.runtimes.openvino.weights import keep_bits
+from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
@@ -61,7 +62,9 @@ def _convert(model: nn.Module, example: Any) -> Any:
     inputs = structure_of(example)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     # OpenVINO shares memory with what it converts; a copy keeps later training out of the compiled model.
-    frozen = fix_weights(copy.deepcopy(model).cpu().eval().requires_grad_(False))
+    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    stored = stored_layers(frozen)
+    frozen = fix_weights(frozen)
     outputs: list[Structure] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -75,6 +78,9 @@ def _convert(model: nn.Module, example: Any) -> Any:
     converted.reshape({i: list(leaf.shape) for i, leaf in enumerate(leaves)})
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
     apply_moc_transformations(converted, cf=True, smart_reshape=False)
+    for op, name in _noted(converted):
+        if name in stored:
+            keep_bits(op, stored[name])
     _name_layers(converted)
     write_structure(converted, "inputs", inputs)
     write_structure(converted, "outputs", outputs[0])
@@ -97,15 +103,22 @@ def _note_layers(converted: Any, model: nn.Module) -> None:
 def _name_layers(converted: Any) -> None:
     """Names after its layer (in place) what was noted; transformations carry notes over but not names."""
     n_calls: Counter[str] = Counter()
-    for op in converted.get_ordered_ops():
-        if NOTE in op.get_rt_info() and op.get_type_name() in MULTIPLYING:
-            name = op.get_rt_info()[NOTE].astype(str)
-            n_calls[name] += 1
-            own = f"{LAYER_PREFIX}{name}" + (f"#{n_calls[name]}" if n_calls[name] > 1 else "")
-            op.set_friendly_name(own)
-            # A kernel that adds the bias as well goes by the name of the addition.
-            for follower in _arithmetic_behind(op):
-                follower.set_friendly_name(f"{own}/{follower.get_type_name()}")
+    for op, name in _noted(converted):
+        n_calls[name] += 1
+        own = f"{LAYER_PREFIX}{name}" + (f"#{n_calls[name]}" if n_calls[name] > 1 else "")
+        op.set_friendly_name(own)
+        # A kernel that adds the bias as well goes by the name of the addition.
+        for follower in _arithmetic_behind(op):
+            follower.set_friendly_name(f"{own}/{follower.get_type_name()}")
+
+
+def _noted(converted: Any) -> list[tuple[Any, str]]:
+    """The operations that multiply by a layer's weight, in order, each with the layer's name."""
+    return [
+        (op, op.get_rt_info()[NOTE].astype(str))
+        for op in converted.get_ordered_ops()
+        if NOTE in op.get_rt_info() and op.get_type_name() in MULTIPLYING
+    ]
 
 
 def _arithmetic_behind(op: Any) -> Iterator[Any]:

@@ -163,6 +163,8 @@ class OpenVINORuntime(AbstractRuntime):
         options: dict[str, str | int] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         if target.device == "cpu":
             options["INFERENCE_NUM_THREADS"] = available_threads(target)
+            # Rounding inputs by the way would be another layer than the one that was scored.
+            options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
             # Its own pinning moves threads back to the cores that the process had at first.
             options["ENABLE_CPU_PINNING"] = "NO" if target.cores is not None else "YES"
         if target.precision != "default":
