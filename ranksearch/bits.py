@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from ranksearch.layers import LayerSpec
 from ranksearch.plan import LayerChoice, Option
 from ranksearch.runtimes import AbstractRuntime
+from ranksearch.runtimes.base import HALF_PRECISIONS, float_bits
 from ranksearch.spec import Target
-
-HALF_PRECISIONS: Mapping[str, str] = {"f16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +38,7 @@ def offered_bits(
     offered = []
     for count in weight_bits:
         pairs = [pair for pair in supported if pair[0] == count]
-        stored = [] if pairs or not for_size else [(count, 16 if target.precision in HALF_PRECISIONS else 32)]
+        stored = [] if pairs or not for_size else [(count, float_bits(target))]
         options: dict[str, Option] = {}
         if count == 16 and target.precision in HALF_PRECISIONS:
             options["dtype"] = HALF_PRECISIONS[target.precision]

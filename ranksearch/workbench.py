@@ -20,7 +20,7 @@ from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency, compare, timed_call
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
-from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float
+from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
 from ranksearch.scoring import Scores, same_twice, score_model
 from ranksearch.spec import Batches, Data, StudySpec
 from ranksearch.statistics import collect
@@ -86,9 +86,13 @@ class Workbench:
 
     def stayed_float(self, model: nn.Module, session: AbstractSession) -> dict[str, str]:
         """The model's 8- and 4-bit layers that the session, opened from it, runs in float, with the kernel of each."""
-        quantized = [name for name, module in quantized_modules(model).items() if module.weights.bits < 16]
+        quantized = {name: module for name, module in quantized_modules(model).items() if module.weights.bits < 16}
+        if not quantized:
+            return {}
         # To tell its kernels a runtime may have to run the model again.
-        return stayed_float(quantized, session.layer_kernels()) if quantized else {}
+        kernels = session.layer_kernels()
+        rounded = [name for name, module in quantized.items() if module.rounds_inputs]
+        return stayed_float(rounded, kernels) | stayed_whole(quantized.keys() - rounded, kernels)
 
     @property
     def weight_limit(self) -> int:

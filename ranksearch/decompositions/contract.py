@@ -29,10 +29,9 @@ def check_decomposition(
     On each, with a metric and without: the factors have the shapes of the modules that `build` gives, which are plain
     and have a bias on the last alone, and the counted parameters and multiply-adds are theirs; at `max_ranks` they
     give the layer back to 1e-5 of its norm; at lower ranks, however uneven, they compute what `weight` says; the error
-    does not grow
-    with the ranks, without a metric in the Frobenius norm and with one of inputs alone in its cost; no cost is above
-    that of the factors found without the metric; every trainable factor gets a gradient; and weights of zero, dead
-    channels and inputs that depend on each other give finite numbers.
+    does not grow with the ranks, without a metric in the Frobenius norm and with one of inputs alone in its cost; no
+    cost is above that of the factors found without the metric; every trainable factor gets a gradient; and weights of
+    zero, dead channels and inputs that depend on each other give finite numbers.
     """
     taken = [spec for spec in specs if decomposition.refuse(spec) is None]
     assert taken, f"{decomposition.name} refuses every layer of {len(specs)}"

@@ -179,7 +179,7 @@ class Int4(WeightFormat):
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
         scale, zero = _known(grid.scale).flatten(), _known(grid.zero_point).flatten()
         groups = torch.fake_quantize_per_channel_affine(self._grouped(weight), scale, zero, 0, 0, N_LEVELS - 1)
-        return groups.reshape(len(weight), -1)[:, : weight[0].numel()].reshape(weight.shape)
+        return groups.reshape(weight.shape[0], -1)[:, : weight[0].numel()].reshape(weight.shape)
 
     def codes(self, weight: Tensor, grid: Grid) -> Tensor:
         """The codes 0..15 (T, D) of the weight."""

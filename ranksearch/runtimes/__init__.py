@@ -11,6 +11,7 @@ from ranksearch.runtimes.base import (
     differing_keys,
     int8_kernels,
     stayed_float,
+    stayed_whole,
 )
 from ranksearch.runtimes.onnx.runtime import OnnxRuntime
 from ranksearch.runtimes.openvino.runtime import OpenVINORuntime
@@ -54,4 +55,5 @@ __all__ = [
     "int8_kernels",
     "register_runtime",
     "stayed_float",
+    "stayed_whole",
 ]

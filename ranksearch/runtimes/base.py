@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Bits = tuple[int, int]
 FLOAT_BITS: Bits = (32, 32)
 INT8_BITS: Bits = (8, 8)
+# Precisions of which weights and activations take 16 bits, with the type.
+HALF_PRECISIONS: Mapping[str, str] = {"f16": "float16", "bf16": "bfloat16"}
 
 # The largest int8 weight code where a kernel's sums cannot saturate.
 FULL_WEIGHT_LIMIT = 127
@@ -61,8 +63,8 @@ class AbstractSession(abc.ABC):
     def layer_kernels(self) -> dict[str, str]:
         """Which kernel runs each layer, by the layer's dotted name in the model that was prepared or serialised.
 
-        A kernel that multiplies integers ends in `i8` or `u8`, whatever the case. A layer that the runtime took away
-        is missing.
+        A kernel that multiplies integers ends in `i8` or `u8`, whatever the case; one that multiplies floats by
+        weights of few bits in ` weights`, as `u4 weights`. A layer that the runtime took away is missing.
         """
 
     @abc.abstractmethod
@@ -136,6 +138,17 @@ def int8_kernels(kernels: Mapping[str, str]) -> dict[str, str]:
     """The convolutions, products and fully connected nodes that run in int8, out of a session's kernels."""
     wanted = re.compile(r"\w*(Conv|FullyConnected|MatMul|Gemm)\w*\b.*[iu]8$", re.IGNORECASE)
     return {node: kernel for node, kernel in kernels.items() if wanted.match(kernel)}
+
+
+def stayed_whole(wanted: Iterable[str], layer_kernels: Mapping[str, str]) -> dict[str, str]:
+    """Of the layers that are `wanted` with weights of few bits those that do without, with the kernel of each."""
+    kernels = {name: layer_kernels.get(name, "none") for name in wanted}
+    return {name: kernel for name, kernel in kernels.items() if not kernel.endswith(" weights")}
+
+
+def float_bits(target: Target) -> int:
+    """The bits of activations that are not rounded on the target."""
+    return 16 if target.precision in HALF_PRECISIONS else 32
 
 
 def require(module: str, wanted_by: str, extra: str | None) -> None:

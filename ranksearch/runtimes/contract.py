@@ -1,5 +1,6 @@
 """The contract of every runtime, as a check that a user's own runtime can run too."""
 
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 
 from ranksearch.layers import call_model, layer_spec
-from ranksearch.quantization import Int8, freeze, observe_ranges, quantize_module
-from ranksearch.runtimes.base import INT8_BITS, AbstractRuntime, AbstractSession, stayed_float
+from ranksearch.quantization import Half, Int4, Int8, freeze, observe_ranges, quantize_module, quantized_modules
+from ranksearch.runtimes.base import INT8_BITS, AbstractRuntime, AbstractSession, float_bits, stayed_float, stayed_whole
 from ranksearch.runtimes.structure import leaves_of
 from ranksearch.spec import Target
 
@@ -47,6 +48,7 @@ def check_runtime(runtime: AbstractRuntime, target: Target | None = None) -> Non
         for model, example in _models():
             _check_model(runtime, target, model.train(), example)
         _check_bits(runtime, target)
+        _check_stored_bits(runtime, target)
 
 
 def _models() -> list[tuple[nn.Module, Any]]:
@@ -130,6 +132,35 @@ def _check_bits(runtime: AbstractRuntime, target: Target) -> None:
             _compare(session.run(_arrays(example)), _arrays(expected), 0.02, f"{type(layer).__name__} in int8")
             stayed = stayed_float([""], session.layer_kernels())
             _demand(not stayed, f"supported_bits({spec}) claims int8, but {stayed[''] if stayed else ''} ran")
+
+
+def _check_stored_bits(runtime: AbstractRuntime, target: Target) -> None:
+    """Weights of few bits give the rounded model's outputs, whether a kernel takes them so or they are stored alone."""
+    chain = [nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)]
+    head = [nn.Conv2d(8, 16, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 5)]
+    example, activations = torch.randn(2, 4, 8, 8), float_bits(target)
+    for weights in (Half(), Int8(), Int4(), Int4(scheme="symmetric", group_size=64)):
+        layers = [
+            quantize_module(m, weights, rounds_inputs=False) if layer_spec(m) is not None else m
+            for m in (*chain, *head)
+        ]
+        model = nn.Sequential(*copy.deepcopy(layers)).eval()
+        what = f"{type(weights).__name__} weights"
+        with torch.no_grad():
+            expected = model(example)
+        with tempfile.TemporaryDirectory() as directory:
+            opened = runtime.open(runtime.serialise(model, example, target, Path(directory)), target)
+        tolerance = 1e-3 if activations == 32 else 0.05
+        for session in (runtime.prepare(model, example, target), opened):
+            _compare(session.run(_arrays(example)), _arrays(expected), tolerance, what)
+        claimed = [
+            name
+            for name, module in quantized_modules(model).items()
+            if weights.bits < 16 and (weights.bits, activations) in runtime.supported_bits(module.spec, target)
+        ]
+        if weights in (Int8(), Int4()):  # what is offered
+            stayed = stayed_whole(claimed, opened.layer_kernels())
+            _demand(not stayed, f"supported_bits() claims {weights.bits}/{activations} for layers that ran as {stayed}")
 
 
 def _compare(outputs: Any, expected: Any, tolerance: float, what: str) -> None:

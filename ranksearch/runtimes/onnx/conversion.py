@@ -4,7 +4,7 @@ import copy
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any, cast
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
+from ranksearch.quantization import QuantizedModule
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.onnx.graph import Graph
 from ranksearch.runtimes.onnx.integers import multiply_integers
 from ranksearch.runtimes.onnx.quantizers import fold_batch_norms, round_after_moves, share_quantizers, store_codes
-from ranksearch.runtimes.onnx.session import LAYER_PREFIX, write_layers_of_outputs, write_structure
-from ranksearch.runtimes.rounding import fix_weights
+from ranksearch.runtimes.onnx.session import LAYER_PREFIX, layer_of, write_layers_of_outputs, write_structure
+from ranksearch.runtimes.onnx.weights import keep_bits
+from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 
 OPSET = 17
@@ -55,10 +57,14 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool) -> Any:
     pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes. Raises MeasurementError, which names the
     operator and the layer, where ONNX lacks an operator, and where inputs or outputs are nested.
     """
-    flat, leaves = _flattened(model, example)
+    flat, leaves, stored = _flattened(model, example)
     converted = _exported(flat, leaves)
     graph = Graph(converted)
     write_layers_of_outputs(converted, _name_layers(graph, flat))
+    for node in graph.nodes(*MULTIPLYING):
+        layer = layer_of(node.name)
+        if layer is not None and layer in stored:
+            keep_bits(graph, node, stored[layer], in_products=on_integers)
     store_codes(graph)
     share_quantizers(graph)
     round_after_moves(graph)
@@ -72,11 +78,13 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool) -> Any:
     return converted
 
 
-def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...]]:
-    """A copy of the model in eval mode, its quantized weights on their grid, so that export meets no clamp."""
-    frozen = fix_weights(copy.deepcopy(model).cpu().eval().requires_grad_(False))
+def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...], Mapping[str, QuantizedModule]]:
+    """A copy of the model in eval mode, its weights fixed, and the layers of it whose weights alone are rounded."""
+    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    stored = stored_layers(frozen)
+    frozen = fix_weights(frozen)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
-    return _Flat(frozen, structure_of(example)).eval(), leaves
+    return _Flat(frozen, structure_of(example)).eval(), leaves, stored
 
 
 def _exported(flat: _Flat, leaves: tuple[Tensor, ...]) -> Any:

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from ranksearch.runtimes.base import stayed_float
-from ranksearch.runtimes.onnx.session import LAYER_PREFIX, open_session
+from ranksearch.runtimes.onnx.session import layer_of, open_session
 
 KERNEL = "_kernel_time"
 MULTIPLYING = re.compile(r"\w*(Conv|Gemm|MatMul)")
 # What a convolution on blocked channels has behind the name of what it makes.
 BLOCKED = "_nchwc"
-# ONNX Runtime puts words of its own before and behind the name.
-LAYER = re.compile(rf"{LAYER_PREFIX}([^#]*)#")
 DTYPES = {"float": "f32", "float16": "f16", "bfloat16": "bf16", "double": "f64", "uint8": "u8", "int8": "i8"}
 # What ONNX Runtime calls the types of a model's inputs.
 INPUT_DTYPES: dict[str, type[Any]] = {
@@ -46,7 +44,7 @@ def executed_kernels(model: bytes, provider: str, device_id: int, settings: Any)
         if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
             told = event["args"]
             name = event["name"].removesuffix(KERNEL) or f"{told['op_name']}_{told['node_index']}"
-            kernels[name] = f"{told['op_name']} {_device(told['provider'])}_{_dtype(told)}"
+            kernels[name] = f"{told['op_name']} {_device(told['provider'])}_{_dtype(told)}{_compressed_weight(told)}"
     return kernels
 
 
@@ -57,8 +55,8 @@ def kernels_of_layers(kernels: Mapping[str, str], layers_of_outputs: Mapping[str
     """
     found: dict[str, set[str]] = {}
     for node, kernel in kernels.items():
-        named = LAYER.search(node)
-        layer = named[1] if named is not None else layers_of_outputs.get(node.removesuffix(BLOCKED))
+        named = layer_of(node)
+        layer = named if named is not None else layers_of_outputs.get(node.removesuffix(BLOCKED))
         if layer is not None and MULTIPLYING.match(kernel):
             found.setdefault(layer, set()).add(kernel)
     return {name: min(own, key=lambda k: (not stayed_float([k], {k: k}), k)) for name, own in found.items()}
@@ -66,6 +64,10 @@ def kernels_of_layers(kernels: Mapping[str, str], layers_of_outputs: Mapping[str
 
 def _device(provider: str) -> str:
     return provider.removesuffix("ExecutionProvider").lower()
+
+
+def _compressed_weight(told: dict[str, Any]) -> str:
+    return " packed weights" if told["op_name"] == "MatMulNBits" else ""
 
 
 def _dtype(told: dict[str, Any]) -> str:

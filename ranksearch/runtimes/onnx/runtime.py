@@ -65,7 +65,10 @@ class OnnxRuntime(AbstractRuntime):
             return (FLOAT_BITS,)
         from ranksearch.runtimes.onnx.probe import runs_int8
 
-        return (FLOAT_BITS, INT8_BITS) if runs_int8(spec) else (FLOAT_BITS,)
+        int8 = [INT8_BITS] if runs_int8(spec) else []
+        # MatMulNBits takes any size; it has no float kernel to fall back to.
+        compressed = [(8, 32), (4, 32)] if len(spec.weight_shape) == 2 else []
+        return (FLOAT_BITS, *int8, *compressed)
 
     def weight_limit(self, target: Target) -> int:
         if target.device != "cpu":

@@ -1,6 +1,7 @@
 """ONNX Runtime's sessions: opens a model, runs it, names its kernels. Without torch."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any, cast, final
@@ -23,7 +24,15 @@ PROVIDERS = {
 INFO = "ranksearch"
 # What multiplies by a layer's weight is named after the layer; the number behind `#` counts the layer's calls.
 LAYER_PREFIX = "layer:"
+# ONNX Runtime puts words of its own before and behind the name.
+_LAYER = re.compile(rf"{LAYER_PREFIX}([^#]*)#")
 QUIET = 4
+
+
+def layer_of(node: str) -> str | None:
+    """The layer that a node of this name computes, or None."""
+    found = _LAYER.search(node)
+    return None if found is None else found[1]
 
 
 @cache

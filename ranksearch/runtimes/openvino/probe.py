@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ranksearch.runtimes.openvino.runtime import core, load_openvino, model_kernels
+from ranksearch.runtimes.base import stayed_whole
+from ranksearch.runtimes.openvino.runtime import (
+    LAYER_PREFIX,
+    core,
+    load_openvino,
+    model_kernels,
+    model_layer_kernels,
+)
 
 if TYPE_CHECKING:
     from ranksearch.layers import ConvSpec, LayerSpec
@@ -14,6 +21,8 @@ if TYPE_CHECKING:
 Weights = NDArray[np.float32]
 STEP = 0.01
 PIXELS = 8
+# The 4-bit format's default, which is offered.
+GROUP_SIZE = 32
 
 
 @cache
@@ -24,6 +33,32 @@ def layer_kernels(spec: "LayerSpec", device: str, precision: str) -> dict[str, s
     model = _linear(weights) if len(spec.weight_shape) == 2 else _convolution(weights, spec)  # type: ignore[arg-type]
     hint = {} if precision == "default" else {"INFERENCE_PRECISION_HINT": precision}
     return model_kernels(core().compile_model(model, device.upper(), hint))
+
+
+@cache
+def multiplies_compressed(spec: "LayerSpec", device: str, precision: str, weight_bits: int) -> bool:
+    """Whether a layer of this spec multiplies floats by weights of 8 or 4 bits without making floats of them first."""
+    if len(spec.weight_shape) > 2:
+        return False
+    n_outputs, n_inputs = spec.weight_shape
+    ov = load_openvino()
+    ops = ov.opset13
+    n_groups = 1 if weight_bits == 8 else -(-n_inputs // GROUP_SIZE)
+    if weight_bits == 4 and n_groups * GROUP_SIZE != n_inputs:
+        return False  # such a weight is cut to size, which is done in floats
+    shape = (n_outputs, n_inputs) if weight_bits == 8 else (n_outputs, n_groups, GROUP_SIZE)
+    codes = np.random.default_rng(0).integers(0, 16, shape)
+    weight = ops.convert(ops.constant(codes, dtype=ov.Type.i8 if weight_bits == 8 else ov.Type.u4), np.float32)
+    steps = np.full((*shape[:-1], 1), STEP, dtype=np.float32)
+    if weight_bits == 4:
+        weight = ops.subtract(weight, ops.convert(ops.constant(steps * 0 + 8, dtype=ov.Type.u4), np.float32))
+    weight = ops.reshape(ops.multiply(weight, ops.constant(steps)), np.array([n_outputs, n_inputs]), False)
+    inputs = ops.parameter([1, n_inputs], dtype=np.float32)
+    product = ops.matmul(inputs, weight, False, True)
+    product.set_friendly_name(f"{LAYER_PREFIX}probed")
+    hint = {} if precision == "default" else {"INFERENCE_PRECISION_HINT": precision}
+    compiled = core().compile_model(ov.Model([product], [inputs]), device.upper(), hint)
+    return not stayed_whole(["probed"], model_layer_kernels(compiled))
 
 
 @cache

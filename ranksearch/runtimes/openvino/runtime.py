@@ -21,6 +21,7 @@ from ranksearch.runtimes.base import (
     AbstractSession,
     Bits,
     available_threads,
+    float_bits,
     host_fingerprint,
     int8_kernels,
     require,
@@ -149,10 +150,14 @@ class OpenVINORuntime(AbstractRuntime):
             )
 
     def supported_bits(self, spec: "LayerSpec", target: Target) -> tuple[Bits, ...]:
-        from ranksearch.runtimes.openvino.probe import layer_kernels
+        from ranksearch.runtimes.openvino.probe import layer_kernels, multiplies_compressed
 
-        kernels = layer_kernels(spec, target.device, target.precision)
-        return (FLOAT_BITS, INT8_BITS) if int8_kernels(kernels) else (FLOAT_BITS,)
+        place = spec, target.device, target.precision
+        activations = float_bits(target)
+        bits = [FLOAT_BITS] + ([(16, 16)] if activations == 16 else [])
+        if int8_kernels(layer_kernels(*place)):
+            bits.append(INT8_BITS)
+        return (*bits, *((count, activations) for count in (8, 4) if multiplies_compressed(*place, count)))
 
     def weight_limit(self, target: Target) -> int:
         from ranksearch.runtimes.openvino.probe import saturates
@@ -247,7 +252,17 @@ def _executed(compiled: Any) -> Iterator[tuple[str, str, list[str]]]:
         info = node.get_rt_info()
         kind, primitive = info["layerType"].astype(str), info["primitiveType"].astype(str)
         if kind not in ("Const", "Input", "Output"):
-            yield node.get_friendly_name(), f"{kind} {primitive}", info["originalLayersNames"].astype(str).split(",")
+            origins = info["originalLayersNames"].astype(str).split(",")
+            yield node.get_friendly_name(), f"{kind} {primitive}{_compressed_weight(node, kind)}", origins
+
+
+def _compressed_weight(node: Any, kind: str) -> str:
+    """` u4 weights` where a matrix product multiplies floats by such a weight."""
+    if kind != "FullyConnected" or node.get_input_size() < 2:
+        return ""
+    sources = [value.get_node() for value in node.input_values()[:2]]
+    inputs, weight = (source.get_rt_info()["outputPrecisions"].astype(str).lower() for source in sources)
+    return f" {weight} weights" if weight in ("u4", "i4", "u8", "i8") and inputs not in ("u8", "i8") else ""
 
 
 def write_structure(model: Any, side: str, structure: Structure) -> None:
