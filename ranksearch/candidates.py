@@ -53,6 +53,13 @@ class LayerProfile(BaseModel):
                 return i
         raise StudyError(f"layer {self.name!r}: {choice.label} is not among its candidates")
 
+    def by_rounding(self) -> dict[str, tuple[int, ...]]:
+        """The candidates by their bits and how these are rounded."""
+        groups: dict[str, list[int]] = {}
+        for i, candidate in enumerate(self.candidates):
+            groups.setdefault(candidate.choice.rounding, []).append(i)
+        return {key: tuple(indices) for key, indices in groups.items()}
+
     @property
     def dense(self) -> int:
         """The index of the choice that leaves the layer as it is."""
@@ -62,7 +69,7 @@ class LayerProfile(BaseModel):
 class Profile(BaseModel):
     """The candidate table of a study, with the dense model's own figures on the target.
 
-    `latency_model` makes a plan's latency out of its layers'.
+    `latency_model` makes a plan's latency out of its layers'; `ties` are the names of layers that share their bits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +78,18 @@ class Profile(BaseModel):
     dense_latency_ms: float
     dense_bytes: int
     latency_model: LatencyModel = LatencyModel()
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    def tied_rows(self) -> tuple[tuple[int, ...], ...]:
+        """The places of tied layers, by tie."""
+        rows = {layer.name: row for row, layer in enumerate(self.layers)}
+        return tuple(tuple(rows[name] for name in tied) for tied in self.ties)
+
+    def alike(self, rows: Sequence[int]) -> list[tuple[tuple[int, ...], ...]]:
+        """For each kind of rounding that all these layers offer, the candidates of each that have it."""
+        by_rounding = [self.layers[row].by_rounding() for row in rows]
+        shared = [key for key in by_rounding[0] if all(key in other for other in by_rounding)]
+        return [tuple(groups[key] for groups in by_rounding) for key in shared]
 
     def plan(self, indices: Sequence[int]) -> Plan:
         """The plan that takes candidate `indices[i]` for the i-th layer."""

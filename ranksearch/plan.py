@@ -79,6 +79,11 @@ class LayerChoice(_Value):
         return f"{self.weight_bits}/{self.activation_bits}"
 
     @property
+    def rounding(self) -> str:
+        """The bits with the options of rounding: equal for choices whose weights and activations are rounded alike."""
+        return f"{self.bits} {json.dumps(self.rounding_options, sort_keys=True)}"
+
+    @property
     def label(self) -> str:
         """The choice in a table's cell: `tucker2 (32, 16) 8/8`, `svd (16) kernel_last 8/8`."""
         ranks = f" {tuple(self.ranks)}".replace(",)", ")") if self.ranks else ""

@@ -23,7 +23,7 @@ from ranksearch.plan import Plan
 from ranksearch.profiling import ProfileMaker
 from ranksearch.remeasure import target_record
 from ranksearch.runtimes import differing_keys
-from ranksearch.spec import Target
+from ranksearch.spec import Target, tied_layers
 from ranksearch.staircase import measure_staircase
 from ranksearch.workbench import Workbench
 
@@ -133,6 +133,7 @@ def make_profile(
             weight_limit=bench.weight_limit,
         )
         table = maker.make(plans, dense_latency_ms, bench.dense.model_bytes, on_layer)
+    table = table.model_copy(update={"ties": tied_layers(spec.space.ties, list(bench.found.layers))})
     tables.put(key, table.to_json().encode())
     return table
 

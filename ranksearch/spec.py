@@ -1,9 +1,11 @@
 """What a study script fills in: values only."""
 
+import fnmatch
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +113,8 @@ class Space:
 
     None takes the multiple that the target's kernels compute in, which is measured. `weight_bits` are some of 32, 16,
     8 and 4; bits that no kernel of the target runs are offered for storage only, where size is an objective.
+    `ties` are groups of globs whose layers share their bits, since the runtime fuses them:
+    `[["*.q_proj", "*.k_proj", "*.v_proj"]]` ties those three in every block, the modules of one parent together.
 
     Raises StudyError for what cannot be chosen from.
     """
@@ -131,8 +135,12 @@ class Space:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     rank_multiple: int | None = None
+    ties: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if any(isinstance(group, str) for group in self.ties):
+            raise StudyError(f"Space.ties is {self.ties!r}; write groups of globs: [['*.query', '*.key', '*.value']]")
+        object.__setattr__(self, "ties", tuple(tuple(group) for group in self.ties))
         # Study scripts write lists; frozen values hold tuples.
         for name in ("decompositions", "weight_bits", "only", "skip"):
             value = getattr(self, name)
@@ -146,6 +154,28 @@ class Space:
             raise StudyError("Space.decompositions is empty; name at least 'none'")
         if self.rank_multiple is not None and self.rank_multiple < 1:
             raise StudyError(f"Space.rank_multiple is {self.rank_multiple}; it must be at least 1")
+
+
+def tied_layers(ties: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """The layers that share their bits, by tie: those of one parent that a group's globs match, where they are several.
+
+    Raises StudyError for a glob that matches no layer, and for a layer in two ties.
+    """
+    found: list[tuple[str, ...]] = []
+    for group in ties:
+        for glob in group:
+            if not fnmatch.filter(names, glob):
+                raise StudyError(f"Space.ties: the glob {glob!r} matches no layer; layers are {', '.join(names)}")
+        by_parent: dict[str, list[str]] = {}
+        for name in names:
+            if any(fnmatch.fnmatch(name, glob) for glob in group):
+                by_parent.setdefault(name.rpartition(".")[0], []).append(name)
+        found += [tuple(tied) for tied in by_parent.values() if len(tied) > 1]
+    counts = Counter(name for tied in found for name in tied)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise StudyError(f"Space.ties: layer {twice[0]!r} is in two ties; name it in one")
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

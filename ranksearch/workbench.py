@@ -22,7 +22,7 @@ from ranksearch.layers import FoundLayers, call_model, compressible_layers, coun
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
 from ranksearch.scoring import Scores, same_twice, score_model
-from ranksearch.spec import Batches, Data, StudySpec
+from ranksearch.spec import Batches, Data, StudySpec, tied_layers
 from ranksearch.statistics import collect
 from ranksearch.trees import concatenate, count_rows, first_examples, map_tensors, pick_rows
 from ranksearch.weights import packed_bytes
@@ -255,6 +255,7 @@ def _selected(found: FoundLayers, spec: StudySpec) -> FoundLayers:
         elif any(fnmatch.fnmatch(name, glob) for glob in spec.space.skip):
             reasons[name] = "in Space.skip"
     layers = {name: info for name, info in found.layers.items() if name not in reasons}
+    tied_layers(spec.space.ties, list(layers))
     if not layers:
         raise StudyError("Space.only and Space.skip leave no layer to compress")
     return FoundLayers(layers=layers, skipped={**found.skipped, **reasons})

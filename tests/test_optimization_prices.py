@@ -19,7 +19,7 @@ from ranksearch.optimization.prices import (
     refine,
     uniform,
 )
-from ranksearch.optimization.space import distributions, n_plans, to_indices, to_params
+from ranksearch.optimization.space import distributions, n_plans, settled, to_indices, to_params
 from ranksearch.plan import DENSE, LayerChoice
 
 figures = st.floats(0, 10, allow_nan=False)
@@ -28,15 +28,18 @@ figures = st.floats(0, 10, allow_nan=False)
 @st.composite
 def profiles(draw: st.DrawFn) -> Profile:
     layers = []
-    for i in range(draw(st.integers(1, 3))):
+    n_layers = draw(st.integers(1, 3))
+    for i in range(n_layers):
         ranks = range(1, draw(st.integers(1, 4)))
         choices = [DENSE, *(LayerChoice(decomposition="svd", ranks=(r,)) for r in ranks)]
+        choices += [choice.with_bits(8, 8) for choice in choices if draw(st.booleans())]
         candidates = [
             Candidate(choice=c, loss=draw(figures), latency_ms=draw(figures), n_bytes=draw(st.integers(0, 9)))
             for c in choices
         ]
         layers.append(LayerProfile(name=f"l{i}", candidates=tuple(candidates)))
-    return Profile(layers=tuple(layers), dense_latency_ms=draw(st.floats(1, 20)), dense_bytes=10)
+    ties = [tuple(f"l{i}" for i in range(n_layers - 1))] if n_layers > 2 and draw(st.booleans()) else []
+    return Profile(layers=tuple(layers), dense_latency_ms=draw(st.floats(1, 20)), dense_bytes=10, ties=tuple(ties))
 
 
 def cost(profile: Profile, plan: tuple[int, ...], latency_price: float, bytes_price: float) -> float:
@@ -45,7 +48,8 @@ def cost(profile: Profile, plan: tuple[int, ...], latency_price: float, bytes_pr
 
 
 def every_plan(profile: Profile) -> list[tuple[int, ...]]:
-    return list(itertools.product(*(range(len(layer.candidates)) for layer in profile.layers)))
+    plans = itertools.product(*(range(len(layer.candidates)) for layer in profile.layers))
+    return [plan for plan in plans if settled(profile, plan) == plan]
 
 
 @settings(max_examples=60, deadline=None)

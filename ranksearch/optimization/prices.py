@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranksearch.candidates import LayerProfile, Profile
+from ranksearch.optimization.space import settled
 from ranksearch.spec import OBJECTIVES, Objective
 
 Floats = NDArray[np.float64]
@@ -26,6 +27,24 @@ SMALLEST_COST = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tie:
+    """Layers, by their rows, that share their bits; for each bits on offer, the candidates of each layer in them."""
+
+    rows: tuple[int, ...]
+    alike: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Unit:
+    """Rows that are decided together; what they may be, candidates of each row, with their sums of loss and cost."""
+
+    rows: tuple[int, ...]
+    points: list[tuple[int, ...]]
+    loss: Floats
+    cost: Floats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
     """The candidates as arrays (n_layers, most candidates); latency and bytes as shares of the dense model's.
 
@@ -38,6 +57,7 @@ class Table:
     latency: Floats
     bytes: Floats
     dense: tuple[int, ...]
+    ties: tuple["Tie", ...] = ()
 
     @classmethod
     def of(cls, profile: Profile, losses: Sequence[Sequence[float] | Floats] | None = None) -> Self:
@@ -54,6 +74,7 @@ class Table:
             latency=profile.latency_model.slope * latency / profile.dense_latency_ms,
             bytes=n_bytes / profile.dense_bytes,
             dense=tuple(layer.dense for layer in profile.layers),
+            ties=tuple(Tie(rows=rows, alike=tuple(profile.alike(rows))) for rows in profile.tied_rows()),
         )
 
 
@@ -66,25 +87,63 @@ def decode(
     """The plan of least loss + latency_price * latency ratio + bytes_price * bytes ratio, as candidates' indices.
 
     Prices are in nats per whole dense model, so they mean the same on every model. Exact, since the sum parts into
-    layers; of equals, the first candidate. `losses`, one sequence per layer, take the place of the predicted ones.
+    layers and ties; of equals, the first candidate. `losses`, one sequence per layer, take the place of the predicted
+    ones.
     """
     table = Table.of(profile, losses)
     cost = table.loss + latency_price * table.latency + bytes_price * table.bytes
-    return tuple(int(i) for i in cost.argmin(axis=1))
+    plan = [int(i) for i in cost.argmin(axis=1)]
+    for tie in table.ties:
+        settled = [
+            tuple(min(allowed, key=cost[row].__getitem__) for row, allowed in zip(tie.rows, alike, strict=True))
+            for alike in tie.alike
+        ]
+        best = min(settled, key=lambda indices: cost[list(tie.rows), list(indices)].sum())
+        for row, index in zip(tie.rows, best, strict=True):
+            plan[row] = index
+    return tuple(plan)
 
 
 def price_path(table: Table, latency_weight: float, bytes_weight: float) -> Plans:
     """Every plan that some price from 0 to infinity on the weighted cost decodes to, from least loss to least cost."""
     cost = latency_weight * table.latency + bytes_weight * table.bytes
-    steps = [step for row in range(len(cost)) for step in _hull(row, table.loss[row], cost[row])]
+    tied = {row for tie in table.ties for row in tie.rows}
+    units = [_single(row, row, table.loss, cost) for row in range(len(cost)) if row not in tied]
+    return _path([*units, *(_together(tie, table.loss, cost) for tie in table.ties)], len(cost))
+
+
+def _path(units: Sequence[_Unit], n_rows: int) -> Plans:
+    """The plans that some price decodes to, dearest first, of rows that are decided unit by unit."""
+    steps = [step for i, unit in enumerate(units) for step in _hull(i, unit.loss, unit.cost)]
     steps.sort()
-    current = [0] * len(cost)
+    current = [0] * n_rows
     path: Plans = []
-    for i, (price, row, index) in enumerate(steps):
-        current[row] = index
+    for i, (price, unit, point) in enumerate(steps):
+        for row, index in zip(units[unit].rows, units[unit].points[point], strict=True):
+            current[row] = index
         if i + 1 == len(steps) or steps[i + 1][0] > price:
             path.append(tuple(current))
     return path
+
+
+def _single(place: int, row: int, loss: Floats, cost: Floats, allowed: Sequence[int] | None = None) -> _Unit:
+    """A row of the table that is decided alone, as the row `place` of a plan, out of its `allowed` candidates."""
+    indices = list(range(loss.shape[1])) if allowed is None else list(allowed)
+    return _Unit(rows=(place,), points=[(i,) for i in indices], loss=loss[row, indices], cost=cost[row, indices])
+
+
+def _together(tie: Tie, loss: Floats, cost: Floats) -> _Unit:
+    """The layers of a tie as one: in each bits what some price would decode them to, which no other price betters."""
+    points: Plans = []
+    for alike in tie.alike:
+        alone = [
+            _single(place, row, loss, cost, allowed)
+            for place, (row, allowed) in enumerate(zip(tie.rows, alike, strict=True))
+        ]
+        points += _path(alone, len(tie.rows))
+    rows = list(tie.rows)
+    sums = [np.array([figures[rows, list(point)].sum() for point in points]) for figures in (loss, cost)]
+    return _Unit(rows=tie.rows, points=points, loss=sums[0], cost=sums[1])
 
 
 def price_sweep(
@@ -139,7 +198,7 @@ def uniform(profile: Profile, share: float = 0.5) -> tuple[int, ...]:
     At its best: the least latency and the fewest bytes of any bits on offer. Where no candidate is that cheap, the
     one that comes nearest.
     """
-    return tuple(_uniform_choice(layer, share) for layer in profile.layers)
+    return settled(profile, [_uniform_choice(layer, share) for layer in profile.layers])
 
 
 def _uniform_choice(layer: LayerProfile, share: float) -> int:
@@ -170,11 +229,11 @@ def coarse_to_fine(plans: Plans) -> Plans:
     return [plans[i] for i in order]
 
 
-def _hull(row: int, loss: Floats, cost: Floats) -> list[tuple[float, int, int]]:
-    """One layer's walk down the lower convex hull of (cost, loss): (price from which it is taken, row, candidate)."""
+def _hull(unit: int, loss: Floats, cost: Floats) -> list[tuple[float, int, int]]:
+    """One unit's walk down the lower convex hull of (cost, loss): (price from which it is taken, unit, point)."""
     order = np.lexsort((cost, loss))
     current = int(order[0])
-    walk = [(0.0, row, current)]
+    walk = [(0.0, unit, current)]
     while True:
         cheaper = np.flatnonzero((cost < cost[current]) & np.isfinite(loss))
         if len(cheaper) == 0:
@@ -182,7 +241,7 @@ def _hull(row: int, loss: Floats, cost: Floats) -> list[tuple[float, int, int]]:
         prices = (loss[cheaper] - loss[current]) / (cost[current] - cost[cheaper])
         best = int(np.lexsort((cost[cheaper], prices))[0])
         current = int(cheaper[best])
-        walk.append((float(prices[best]), row, current))
+        walk.append((float(prices[best]), unit, current))
 
 
 def _directions(objectives: Sequence[Objective]) -> tuple[tuple[float, float], ...]:

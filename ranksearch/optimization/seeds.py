@@ -12,7 +12,7 @@ from ranksearch.candidates import Profile
 from ranksearch.optimization.prices import coarse_to_fine, price_sweep, refine, uniform
 from ranksearch.optimization.records import History, front
 from ranksearch.optimization.samplers import derived_seed
-from ranksearch.optimization.space import n_plans, to_params
+from ranksearch.optimization.space import n_plans, settled, to_params
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
@@ -61,7 +61,9 @@ def make_seeds(
 
     With `n_prices` 0 the controls alone. Raises StudyError for a control that is not in the table.
     """
-    seeds = [Seed(origin=origin, control=True, indices=profile.indices(plan)) for origin, plan in controls]
+    seeds = [
+        Seed(origin=origin, control=True, indices=settled(profile, profile.indices(plan))) for origin, plan in controls
+    ]
     n_coarse = min(n_prices, N_COARSE_PRICES)
     if n_prices > 0:
         swept = coarse_to_fine(price_sweep(profile, n_coarse, seed, objectives))
@@ -146,7 +148,7 @@ def neighbour(
     rng = np.random.default_rng(derived_seed(seed, number, 1))
     sizes = np.array([len(layer.candidates) for layer in profile.layers])
     for attempt in range(N_NEIGHBOURS):
-        near = _moved(np.array(indices), sizes, n_moves=1 + attempt // 16, rng=rng)
+        near = settled(profile, _moved(np.array(indices), sizes, n_moves=1 + attempt // 16, rng=rng))
         if history.find(profile.plan(near)) is None:
             return to_params(profile, near)
     return _first_unseen(profile, history)
@@ -161,10 +163,13 @@ def _moved(indices: Any, sizes: Any, n_moves: int, rng: np.random.Generator) -> 
 
 
 def _first_unseen(profile: Profile, history: History) -> dict[str, int] | None:
-    """The first plan in lexical order that was not tried; there is one within as many steps as there were trials."""
+    """The first plan in lexical order that was not tried; there is one within as many steps as there were trials.
+
+    Ties make one plan of several, so that all may have to be looked through.
+    """
     shape = tuple(len(layer.candidates) for layer in profile.layers)
-    for flat in range(min(n_plans(profile), history.n_distinct + 1)):
-        plan = _unravel(flat, shape)
+    for flat in range(n_plans(profile) if profile.ties else min(n_plans(profile), history.n_distinct + 1)):
+        plan = settled(profile, _unravel(flat, shape))
         if history.find(profile.plan(plan)) is None:
             return to_params(profile, plan)
     return None

@@ -43,6 +43,33 @@ def to_indices(profile: Profile, params: Mapping[str, object]) -> tuple[int, ...
     return tuple(_index(layer.name, len(layer.candidates), params.get(layer.name, 0)) for layer in profile.layers)
 
 
+def settled(profile: Profile, indices: Sequence[int]) -> tuple[int, ...]:
+    """The indices with the bits of tied layers made one: those that most of them have, of equals the mildest.
+
+    A layer that gives way takes the candidate in these bits whose latency is nearest.
+    """
+    chosen = list(indices)
+    for rows in profile.tied_rows():
+        if len({profile.layers[row].candidates[chosen[row]].choice.rounding for row in rows}) > 1:
+            chosen = min((_with(profile, chosen, rows, alike) for alike in profile.alike(rows)), key=lambda c: c[0])[1]
+    return tuple(chosen)
+
+
+def _with(
+    profile: Profile, indices: Sequence[int], rows: Sequence[int], alike: Sequence[Sequence[int]]
+) -> tuple[tuple[int, float], list[int]]:
+    """The indices with those of `rows` out of `alike`; before them how many change, and the tied layers' loss."""
+    changed = list(indices)
+    loss = 0.0
+    for row, allowed in zip(rows, alike, strict=True):
+        candidates = profile.layers[row].candidates
+        wanted = candidates[indices[row]].latency_ms
+        if indices[row] not in allowed:
+            changed[row] = min(allowed, key=lambda i: (abs(candidates[i].latency_ms - wanted), candidates[i].loss))
+        loss += candidates[changed[row]].loss
+    return (sum(changed[row] != indices[row] for row in rows), loss), changed
+
+
 def _index(name: str, n_candidates: int, value: object) -> int:
     """The index, checked: Optuna only warns of an enqueued value that is out of range, and uses it."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < n_candidates:

@@ -17,7 +17,7 @@ from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, TrialRecord, objective_values, record_of
 from ranksearch.optimization.samplers import make_sampler
 from ranksearch.optimization.seeds import Seeds, requeue
-from ranksearch.optimization.space import distributions, to_indices
+from ranksearch.optimization.space import distributions, settled, to_indices
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
@@ -65,7 +65,7 @@ def try_next(search: Search) -> TrialRecord | None:
     """Asks for a trial, runs it unless its plan was tried, and adds it to the history; None where it had no plan."""
     trial = _ask(search)
     try:
-        indices = to_indices(search.profile, trial.params)
+        indices = settled(search.profile, to_indices(search.profile, trial.params))
     except StudyError as error:
         trial.set_user_attr("reason", str(error))
         search.study.tell(trial, state=TrialState.FAIL)
