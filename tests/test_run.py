@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from command_line import MOMENTS, TRIALS, Commands, Searched, write_study
 
 import ranksearch as rs
 from ranksearch.evaluation import FRONT_COLUMNS
+from ranksearch.export import read_example
 from ranksearch.home import StudyHome
 from ranksearch.search_result import read_result
 from ranksearch.spec import load_study
@@ -189,6 +191,25 @@ def test_from_python(tiny: rs.StudySpec, searched: Searched) -> None:
     assert evaluation.rung == "fine_tuned" and evaluation.accuracy_drop is not None
     table = rs.profile(tiny)
     assert [layer.name for layer in table.layers] == ["0", "2", "6"]
+
+
+def test_bits_and_ties_go_through_a_whole_study(tiny: rs.StudySpec, searched: Searched) -> None:
+    uri = f"sqlite:///{shutil.copy(searched.folder / 'mlflow.db', 'mlflow.db')}"
+    space = replace(tiny.space, weight_bits=(32, 16, 8, 4), ties=(("2", "6"),))
+    result = rs.search(replace(tiny, name="bits", space=space), trials=5, home="home", tracking_uri=uri)
+    plans = [plan for number, plan in sorted(result.plans.items())]
+    assert all(plan.choice("2").rounding == plan.choice("6").rounding for plan in plans)
+    assert len({choice.weight_bits for plan in plans for choice in plan.layers.values()}) > 2
+    n_loaded = 0
+    for plan in plans:
+        folder = result.home.plan(plan.hash())
+        if (folder / "plan.json").is_file():
+            inputs, expected = read_example(folder)
+            outputs = rs.load(folder, tiny.model())(inputs).detach()
+            (wanted,) = expected.values()
+            torch.testing.assert_close(outputs, wanted, rtol=0.05, atol=0.05 * float(outputs.abs().max()))
+            n_loaded += 1
+    assert n_loaded >= 5
 
 
 def test_a_trial_that_fails_is_recorded_and_the_study_goes_on(

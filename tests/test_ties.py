@@ -1,6 +1,5 @@
 """Layers that share their bits: which they are, and that no plan tears them apart."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,20 +84,3 @@ def test_prices_and_seeds_keep_ties(latency_price: float, bytes_price: float) ->
     profile = tied_profile()
     plans = [decode(profile, latency_price, bytes_price), uniform(profile), *price_sweep(profile, 8, seed=0)]
     assert all(len(bits(profile, plan)) == 1 for plan in plans)
-
-
-def test_a_study_keeps_its_ties(tmp_path: Path, model: Any, parts: Any) -> None:
-    from tiny_study import make_spec
-
-    import ranksearch as rs
-    from ranksearch.optimization import read_records, read_study
-
-    ties = [["8", "10"]]
-    space = Space(decompositions=("none", "svd"), weight_bits=(32, 8), rank_multiple=2, ties=ties)  # type: ignore[arg-type]
-    spec = make_spec(model, parts, space=space)
-    rs.search(spec, trials=6, home=tmp_path / "home", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    records = read_records(read_study(tmp_path / "home" / spec.name, spec.name))
-    assert len(records) >= 6
-    for record in records:
-        assert record.plan.choice("8").rounding == record.plan.choice("10").rounding
-    assert len({record.plan.choice("8").bits for record in records}) > 1
