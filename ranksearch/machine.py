@@ -86,6 +86,13 @@ def slowed_down(before: Mapping[str, float | str], after: Mapping[str, float | s
     return {name: by for name, by in grown.items() if by > 0}
 
 
+def machine_warnings(before: Mapping[str, float | str], after: Mapping[str, float | str]) -> list[str]:
+    """What makes latencies longer than they need be, as two states of the machine around a measurement tell."""
+    held_back = ", ".join(f"{name} {by:+g}" for name, by in slowed_down(before, after).items())
+    warnings = [str(after["warning"])] if "warning" in after else []
+    return warnings + ([f"the machine was held back while it was timed: {held_back}"] if held_back else [])
+
+
 def load_averages(path: Path) -> Facts:
     """How many processes ran or waited for a core, over 1, 5 and 15 minutes, out of /proc/loadavg."""
     names = ("load_1min", "load_5min", "load_15min")

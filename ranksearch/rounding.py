@@ -15,6 +15,8 @@ from ranksearch.statistics.patches import count_groups, count_taps
 from ranksearch.statistics.rows import OutputRows, OutputSampler, input_rows, temporary_hooks
 
 MIN_ROWS, ROWS_PER_INPUT = 4096, 8
+# Numbers in one layer's rows, but for two rows an input: 256 MB in double precision.
+MAX_NUMBERS = 1 << 25
 # Relative to the mean squared input; pulls the weight that is rounded towards that of the float layer.
 RIDGE = 0.03
 
@@ -62,8 +64,9 @@ def round_weights(model: nn.Module, wanted: Mapping[str, OutputRows], inputs: An
 def _sufficient_rows(module: nn.Module) -> int:
     spec = layer_spec(module)
     assert spec is not None, "only plain layers are sampled"
-    n_inputs = spec.weight_shape[1] * count_taps(spec)
-    return max(MIN_ROWS // min(count_groups(spec), 16), ROWS_PER_INPUT * n_inputs)
+    n_inputs, groups = spec.weight_shape[1] * count_taps(spec), count_groups(spec)
+    wanted = max(MIN_ROWS // min(groups, 16), ROWS_PER_INPUT * n_inputs)
+    return min(wanted, max(MAX_NUMBERS // (groups * n_inputs), 2 * n_inputs))
 
 
 class _Rounder:

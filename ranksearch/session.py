@@ -18,7 +18,7 @@ from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.identity import profile_identity
 from ranksearch.layer_timing import LayerTimer, PlanTimer
-from ranksearch.machine import machine_state
+from ranksearch.machine import machine_state, machine_warnings
 from ranksearch.plan import Plan
 from ranksearch.profiling import ProfileMaker
 from ranksearch.remeasure import target_record
@@ -55,7 +55,10 @@ def prepare(bench: Workbench, home: StudyHome, stage: Callable[[str], None]) -> 
         profile = _read_table(home)
     else:
         stage("measuring dense and the noise floor")
+        before = machine_state(bench.spec.target)
         latency_ms, noise = dense_latency(bench)
+        for warning in machine_warnings(before, machine_state(bench.spec.target)):
+            stage(f"warning: {warning}")
         profile = make_profile(bench, factorisations, controls, latency_ms, lambda name: stage(f"profiling {name}"))
         record = _begin(bench, home, profile, latency_ms, noise)
     return Session(

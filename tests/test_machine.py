@@ -14,6 +14,7 @@ from ranksearch.machine import (
     isa_flags,
     load_averages,
     machine_state,
+    machine_warnings,
     slowed_down,
     throttle_reasons,
 )
@@ -186,6 +187,9 @@ def test_what_slowed_a_measurement_down_is_the_difference_of_two_states() -> Non
     after = {"throttled_periods": 10.0, "core_thermal_throttles": 2.0, "load_1min": 4.0, "governor": "performance"}
     assert slowed_down(before, after) == {"throttled_periods": 7.0}
     assert slowed_down({}, after) == {}
+    assert machine_warnings(before, after) == ["the machine was held back while it was timed: throttled_periods +7"]
+    assert machine_warnings({}, {"warning": "the target has 9 threads"}) == ["the target has 9 threads"]
+    assert machine_warnings(after, after) == []
 
 
 def test_this_machine_tells_its_cores_and_load() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency_networks import Network, cifar_resnet, digits
+from latency_networks import Network, cifar_resnet, digits, resnet34
 
 from ranksearch.compression import rebuild
 from ranksearch.controls import uniform_plan
@@ -38,7 +38,7 @@ FACTORED = ("8/8", "4/32 affine, 32")
 def answer(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Bytes of each plan's file over what its bits amount to."""
     # The digits' network has few weights, so that the file's header counts: it is judged from 32 layers up.
-    networks = [digits()] if arguments.quick else [cifar_resnet(depth) for depth in arguments.depths]
+    networks = [digits()] if arguments.quick else [*(cifar_resnet(depth) for depth in arguments.depths), resnet34()]
     most = 1.15 if arguments.quick else MOST
     rows = [_row(network, name, plan) for network in networks for name, plan in _plans(network)]
     judged = [row for row in rows if row["n_layers"] >= 32 or arguments.quick]
@@ -99,7 +99,6 @@ def _bits_and_all_else(model: torch.nn.Module) -> int:
 
 def _line(row: dict[str, Any]) -> str:
     artefacts = ", ".join(f"{runtime} {size / 1e3:,.0f} kB" for runtime, size in row["artefact_bytes"].items())
-    return (
-        f"  {row['network']:10} {row['plan']:28} {row['bytes'] / 1e3:8,.1f} kB, {row['ratio']:.3f} of its bits; "
-        f"{artefacts}"
-    )
+    name = row["network"].partition(" ")[0]
+    bits = f"{row['bytes'] / 1e3:8,.1f} kB, {row['ratio']:.3f} of its bits"
+    return f"  {name:10} {row['plan']:28} {bits}; {artefacts}"

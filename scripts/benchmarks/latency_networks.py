@@ -38,6 +38,13 @@ def resnet18(batch_size: int = 1) -> Network:
     )
 
 
+def resnet34(batch_size: int = 1) -> Network:
+    """ResNet-34 for ImageNet."""
+    torch.manual_seed(0)
+    model = networks.resnet18(n_blocks=(3, 4, 6, 3))
+    return _network(f"ResNet-34 at 224x224, batch {batch_size}", model, torch.randn(batch_size, 3, 224, 224))
+
+
 def digits(batch_size: int = 32) -> Network:
     """The embedded study's network."""
     torch.manual_seed(0)

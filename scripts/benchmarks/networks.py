@@ -31,12 +31,12 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(inner)) + self.shortcut(inputs))
 
 
-def resnet18(width: int = 64) -> nn.Module:
-    """For images of any size; `width` is that of the first stage."""
+def resnet18(width: int = 64, n_blocks: tuple[int, ...] = (2, 2, 2, 2)) -> nn.Module:
+    """For images of any size; `width` is that of the first stage. With (3, 4, 6, 3) blocks it is ResNet-34."""
     stages = [
         Block(width * (2 ** (max(stage - 1, 0) if i == 0 else stage)), width * 2**stage, 2 if stage and i == 0 else 1)
-        for stage in range(4)
-        for i in range(2)
+        for stage, count in enumerate(n_blocks)
+        for i in range(count)
     ]
     stem = [nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 1000)]

@@ -61,10 +61,9 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool) -> Any:
     converted = _exported(flat, leaves)
     graph = Graph(converted)
     write_layers_of_outputs(converted, _name_layers(graph, flat))
-    for node in graph.nodes(*MULTIPLYING):
-        layer = layer_of(node.name)
-        if layer is not None and layer in stored:
-            keep_bits(graph, node, stored[layer], in_products=on_integers)
+    calls = [(node, layer_of(node.name)) for node in graph.nodes(*MULTIPLYING)]
+    for layer, module in stored.items():
+        keep_bits(graph, [node for node, name in calls if name == layer], module, in_products=on_integers)
     store_codes(graph)
     share_quantizers(graph)
     round_after_moves(graph)

@@ -5,7 +5,7 @@ Linear layers of 8 and 4 bits become a MatMulNBits, which ONNX Runtime computes 
 other operation the codes are turned into floats by plain operators, which it does once, when it loads the model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,32 +21,37 @@ INT8_ZERO = 128
 FLOAT_INPUTS = 1
 
 
-def keep_bits(graph: Graph, node: Any, module: QuantizedModule, *, in_products: bool) -> None:
-    """Puts the bits of a layer's weight in the place of the floats that `node` multiplies by (in place).
+def keep_bits(graph: Graph, nodes: Sequence[Any], module: QuantizedModule, *, in_products: bool) -> None:
+    """Puts the bits of a layer's weight in the place of the floats that `nodes` multiply by (in place).
 
-    Where `in_products` is set, linear layers multiply by the codes themselves.
+    They are the layer's calls, which share the bits. Where `in_products` is set, linear layers multiply by the codes
+    themselves.
     """
-    if in_products and node.op_type in PRODUCTS and not isinstance(module.weights, Half):
-        _multiply_by_codes(graph, node, module)
+    if in_products and all(node.op_type in PRODUCTS for node in nodes) and not isinstance(module.weights, Half):
+        constants = _constants(graph, module)
+        for node in nodes:
+            _multiply_by_codes(graph, node, module, constants)
         return
-    name = node.input[1]
-    transposed = graph.maker(name, "Transpose")
-    values = _floats(graph, module, name)
-    if transposed is None:
-        graph.change(node, inputs=[node.input[0], values, *node.input[2:]])
-    else:
-        graph.change(transposed, inputs=[values])
+    values: str | None = None
+    for node in nodes:
+        values = values or _floats(graph, module, node.input[1])
+        transposed = graph.maker(node.input[1], "Transpose")
+        if transposed is None:
+            graph.change(node, inputs=[node.input[0], values, *node.input[2:]])
+        else:
+            graph.change(transposed, inputs=[values])
 
 
-def _multiply_by_codes(graph: Graph, node: Any, module: QuantizedModule) -> None:
+def _constants(graph: Graph, module: QuantizedModule) -> list[str]:
+    """The names of codes, steps and zero points; an empty one for zero points that the format shares."""
+    codes, steps, zeros = _blocks(module, _block_size(module))
+    names = [graph.add_constant(codes, "codes"), graph.add_constant(steps, "steps")]
+    return [*names, "" if zeros is None else graph.add_constant(zeros, "zeros")]
+
+
+def _multiply_by_codes(graph: Graph, node: Any, module: QuantizedModule, constants: list[str]) -> None:
     """A MatMulNBits, a Gemm's bias included (in place)."""
     bits, size = module.weights.bits, _block_size(module)
-    codes, steps, zeros = _blocks(module, size)
-    constants = [
-        graph.add_constant(codes, "codes"),
-        graph.add_constant(steps, "steps"),
-        "" if zeros is None else graph.add_constant(zeros, "zeros"),
-    ]
     bias = [] if len(node.input) < 3 else ["", node.input[2]]
     inputs = [node.input[0], *constants, *bias]
     n_outputs, n_inputs = module.weight.shape

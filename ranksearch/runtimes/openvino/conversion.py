@@ -78,9 +78,9 @@ def _convert(model: nn.Module, example: Any) -> Any:
     converted.reshape({i: list(leaf.shape) for i, leaf in enumerate(leaves)})
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
     apply_moc_transformations(converted, cf=True, smart_reshape=False)
-    for op, name in _noted(converted):
-        if name in stored:
-            keep_bits(op, stored[name])
+    noted = _noted(converted)
+    for layer, module in stored.items():
+        keep_bits([op for op, name in noted if name == layer], module)
     _name_layers(converted)
     write_structure(converted, "inputs", inputs)
     write_structure(converted, "outputs", outputs[0])

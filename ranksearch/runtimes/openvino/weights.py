@@ -4,7 +4,7 @@ Its matrix products take such weights as they are; before other operations it ma
 model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,30 @@ AsFloats = Callable[[Any], Any]
 TOLERANCE = 1e-5
 
 
-def keep_bits(operation: Any, module: QuantizedModule) -> None:
-    """Puts the bits of the layer's weight in the place of the float constant that `operation` multiplies by (in place).
+def keep_bits(operations: Sequence[Any], module: QuantizedModule) -> None:
+    """Puts the bits of a layer's weight in the place of the float constants that `operations` multiply by (in place).
 
-    A BatchNorm that was folded into the constant is a factor of each output. A constant that is anything else stays.
+    They are the layer's calls, which share their bits where they share the constant. A BatchNorm that was folded into
+    the constant is a factor of each output. A constant that is anything else stays.
     """
-    constant = operation.input_value(1).get_node()
+    by_constant: dict[str, list[Any]] = {}
+    for operation in operations:
+        by_constant.setdefault(operation.input_value(1).get_node().get_name(), []).append(operation)
+    for readers in by_constant.values():
+        _keep_bits(readers, module)
+
+
+def _keep_bits(readers: Sequence[Any], module: QuantizedModule) -> None:
+    constant = readers[0].input_value(1).get_node()
     if constant.get_type_name() != "Constant":
         return
     weight = module.rounded_weight.detach().numpy()
     gain = _gain(np.asarray(constant.data), weight)
     if gain is not None:
-        as_floats = _read_in_product if operation.get_type_name() == "MatMul" else _read_at_load
+        as_floats = _read_in_product if readers[0].get_type_name() == "MatMul" else _read_at_load
         kept = _KEEPERS[type(module.weights)](module, gain, list(constant.shape), as_floats)
-        operation.input(1).replace_source_output(kept.output(0))
+        for reader in readers:
+            reader.input(1).replace_source_output(kept.output(0))
 
 
 def _read_in_product(codes: Any) -> Any:

@@ -12,6 +12,7 @@ from ranksearch.runtimes.base import (
     AbstractSession,
     Bits,
     available_threads,
+    float_bits,
     host_fingerprint,
 )
 from ranksearch.spec import Target
@@ -74,7 +75,7 @@ class TorchRuntime(AbstractRuntime):
             check_compilers(kind)
 
     def supported_bits(self, spec: "LayerSpec", target: Target) -> tuple[Bits, ...]:
-        return (FLOAT_BITS,)
+        return (FLOAT_BITS, (16, 16)) if float_bits(target) == 16 else (FLOAT_BITS,)
 
     def options(self, target: Target) -> dict[str, str | int]:
         from ranksearch.runtimes.pytorch.session import numerics
