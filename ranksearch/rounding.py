@@ -77,7 +77,7 @@ class _Rounder:
         self.is_rounding = False
 
     def __call__(self, module: QuantizedModule, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        levels = module.weights.levels(module.grid, module.weight.shape)
+        levels = module.weight_format.levels(module.grid, module.weight.shape)
         if self.is_rounding or self.name in self.results or levels is None:
             return None
         rows = input_rows(module.spec, module.activation(arguments[0]), output, self.wanted.index).double()

@@ -86,7 +86,9 @@ class Workbench:
 
     def stayed_float(self, model: nn.Module, session: AbstractSession) -> dict[str, str]:
         """The model's 8- and 4-bit layers that the session, opened from it, runs in float, with the kernel of each."""
-        quantized = {name: module for name, module in quantized_modules(model).items() if module.weights.bits < 16}
+        quantized = {
+            name: module for name, module in quantized_modules(model).items() if module.weight_format.bits < 16
+        }
         if not quantized:
             return {}
         # To tell its kernels a runtime may have to run the model again.

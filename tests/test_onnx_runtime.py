@@ -237,7 +237,7 @@ def test_the_model_keeps_its_state_and_its_mode() -> None:
     before = copy.deepcopy(model.state_dict())
     RUNTIME.prepare(model, torch.randn(4, 4, 5, 5), TARGET)
     assert model.training
-    assert model[0].weights == Int8(LIMIT)
+    assert model[0].weight_format == Int8(LIMIT)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

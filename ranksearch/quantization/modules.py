@@ -58,26 +58,28 @@ class ActivationQuantizer(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """A layer whose weight is rounded to a format, `weights`; its inputs are rounded where `activation` does so."""
+    """A layer whose weight is rounded to its `weight_format`; its inputs are rounded where `activation` does so."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv1d | nn.Conv2d, weights: WeightFormat, *, rounds_inputs: bool) -> None:
+    def __init__(
+        self, layer: nn.Linear | nn.Conv1d | nn.Conv2d, weight_format: WeightFormat, *, rounds_inputs: bool
+    ) -> None:
         super().__init__()
         spec = layer_spec(layer)
         assert spec is not None, "quantize_module takes plain layers alone"
-        self.spec, self.weights = spec, weights
+        self.spec, self.weight_format = spec, weight_format
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
         bias = layer.bias
         copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_parameter("bias", copied)
-        grid = weights.fit(layer.weight)
+        grid = weight_format.fit(layer.weight)
         self.register_buffer("weight_scale", grid.scale)
         # A zero point that all weights of the format share is in no file.
-        is_own = weights.pack_grid(grid).zero_point is not None
+        is_own = weight_format.pack_grid(grid).zero_point is not None
         self.register_buffer("weight_zero_point", grid.zero_point, persistent=is_own)
         self.activation: nn.Module = ActivationQuantizer() if rounds_inputs else nn.Identity()
         self.rounds_inputs = rounds_inputs
@@ -90,7 +92,7 @@ class _Rounded(nn.Module):
     @property
     def rounded_weight(self) -> Tensor:
         """The weight as kernels see it, in float; its gradient passes to `weight` where it is not clipped."""
-        return self.weights.round(self.weight, self.grid)
+        return self.weight_format.round(self.weight, self.grid)
 
     def in_float(self) -> nn.Linear | nn.Conv1d | nn.Conv2d:
         """The plain layer of the rounded weight, whose inputs are not rounded."""
@@ -111,8 +113,8 @@ class QuantizedLinear(_Rounded):
 class _RoundedConvolution(_Rounded):
     """What convolutions share: torch's settings, and how they pad by other than zeros."""
 
-    def __init__(self, layer: nn.Conv1d | nn.Conv2d, weights: WeightFormat, *, rounds_inputs: bool) -> None:
-        super().__init__(layer, weights, rounds_inputs=rounds_inputs)
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d, weight_format: WeightFormat, *, rounds_inputs: bool) -> None:
+        super().__init__(layer, weight_format, rounds_inputs=rounds_inputs)
         padding: Any = layer.padding if layer.padding_mode == "zeros" else 0
         self.settings: dict[str, Any] = {
             "stride": layer.stride,
@@ -151,7 +153,7 @@ _QUANTIZED: dict[type[nn.Module], Callable[..., QuantizedModule]] = {
 
 
 def quantize_module(
-    module: nn.Module, weights: WeightFormat | None = None, *, rounds_inputs: bool = True
+    module: nn.Module, weight_format: WeightFormat | None = None, *, rounds_inputs: bool = True
 ) -> QuantizedModule:
     """The counterpart of a plain nn.Conv1d, nn.Conv2d or nn.Linear with a copy of its weights, rounded to a format.
 
@@ -161,7 +163,7 @@ def quantize_module(
     quantized = _QUANTIZED.get(type(module))
     if quantized is None:
         raise TypeError(f"{type(module).__name__} cannot be quantized; only nn.Conv1d, nn.Conv2d and nn.Linear can")
-    return quantized(module, weights or Int8(), rounds_inputs=rounds_inputs).train(module.training)
+    return quantized(module, weight_format or Int8(), rounds_inputs=rounds_inputs).train(module.training)
 
 
 def round_outputs(model: nn.Module, inputs: Mapping[str, str], results: Mapping[str, str]) -> None:

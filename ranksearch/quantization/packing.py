@@ -16,8 +16,8 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict with the packed bits of each quantized layer's `weight`, beside its packed grid."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, module in quantized_modules(model).items():
-        state[_join(name, "weight")] = module.weights.pack(module.weight, module.grid)
-        for field, values in module.weights.pack_grid(module.grid)._asdict().items():
+        state[_join(name, "weight")] = module.weight_format.pack(module.weight, module.grid)
+        for field, values in module.weight_format.pack_grid(module.grid)._asdict().items():
             if values is not None:
                 state[_join(name, GRID[field])] = values
     return state
@@ -44,21 +44,21 @@ def load_packed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _unpacked(layer: str, module: QuantizedModule, weight: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weight and the grid of a layer, by their names in the model's state."""
-    expected = module.weights.pack_grid(module.grid)
-    if weight.dtype != module.weights.dtype:
-        raise _misfit(_join(layer, "weight"), weight, _called(module.weights.dtype))
+    expected = module.weight_format.pack_grid(module.grid)
+    if weight.dtype != module.weight_format.dtype:
+        raise _misfit(_join(layer, "weight"), weight, _called(module.weight_format.dtype))
     found = {field: state.get(_join(layer, name)) for field, name in GRID.items()}
     for field, wanted in expected._asdict().items():
         _check(_join(layer, GRID[field]), found[field], wanted)
     shape = module.weight.shape
-    n_packed = module.weights.pack(module.weight, module.grid).shape
+    n_packed = module.weight_format.pack(module.weight, module.grid).shape
     if weight.shape != n_packed:
         raise PlanError(
             f"the weights do not fit the model: tensor {_join(layer, 'weight')!r} has shape {tuple(weight.shape)}; "
             f"the plan wants {tuple(n_packed)}"
         )
-    grid = module.weights.unpack_grid(Grid(**found), shape)
-    values = {"weight": module.weights.unpack(weight, grid, shape)}
+    grid = module.weight_format.unpack_grid(Grid(**found), shape)
+    values = {"weight": module.weight_format.unpack(weight, grid, shape)}
     persistent = module.state_dict()
     values |= {GRID[field]: v for field, v in grid._asdict().items() if GRID[field] in persistent}
     return {_join(layer, name): tensor for name, tensor in values.items()}

@@ -21,7 +21,7 @@ def fix_weights(model: nn.Module) -> nn.Module:
     plain = {}
     for name, module in quantized_modules(model).items():
         if module.rounds_inputs:
-            module.weights = Int8()
+            module.weight_format = Int8()
         else:
             plain[name] = module.in_float()
     return replace_modules(model, plain)

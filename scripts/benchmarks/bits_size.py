@@ -90,7 +90,7 @@ def _bits_and_all_else(model: torch.nn.Module) -> int:
     """Bits of the rounded weights, and the bytes of all other tensors as they are stored, scales included."""
     rounded = {f"{name}.weight": module for name, module in quantized_modules(model).items()}
     return sum(
-        -(-rounded[name].weight.numel() * rounded[name].weights.bits // 8)
+        -(-rounded[name].weight.numel() * rounded[name].weight_format.bits // 8)
         if name in rounded
         else tensor.numel() * tensor.element_size()
         for name, tensor in stored_state(model).items()

@@ -27,7 +27,7 @@ def keep_bits(graph: Graph, nodes: Sequence[Any], module: QuantizedModule, *, in
     They are the layer's calls, which share the bits. Where `in_products` is set, linear layers multiply by the codes
     themselves.
     """
-    if in_products and all(node.op_type in PRODUCTS for node in nodes) and not isinstance(module.weights, Half):
+    if in_products and all(node.op_type in PRODUCTS for node in nodes) and not isinstance(module.weight_format, Half):
         constants = _constants(graph, module)
         for node in nodes:
             _multiply_by_codes(graph, node, module, constants)
@@ -51,7 +51,7 @@ def _constants(graph: Graph, module: QuantizedModule) -> list[str]:
 
 def _multiply_by_codes(graph: Graph, node: Any, module: QuantizedModule, constants: list[str]) -> None:
     """A MatMulNBits, a Gemm's bias included (in place)."""
-    bits, size = module.weights.bits, _block_size(module)
+    bits, size = module.weight_format.bits, _block_size(module)
     bias = [] if len(node.input) < 3 else ["", node.input[2]]
     inputs = [node.input[0], *constants, *bias]
     n_outputs, n_inputs = module.weight.shape
@@ -63,7 +63,7 @@ def _multiply_by_codes(graph: Graph, node: Any, module: QuantizedModule, constan
 
 
 def _block_size(module: QuantizedModule) -> int:
-    return module.weights.group_size if isinstance(module.weights, Int4) else INT8_BLOCK
+    return module.weight_format.group_size if isinstance(module.weight_format, Int4) else INT8_BLOCK
 
 
 def _blocks(module: QuantizedModule, size: int) -> tuple[Array, Array, Array | None]:
@@ -72,13 +72,13 @@ def _blocks(module: QuantizedModule, size: int) -> tuple[Array, Array, Array | N
     n_outputs, n_inputs = module.weight.shape
     n_blocks = -(-n_inputs // size)
     missing = n_blocks * size - n_inputs
-    if isinstance(module.weights, Int4):
-        codes = np.pad(module.weights.codes(module.weight, module.grid).numpy(), ((0, 0), (0, missing)))
+    if isinstance(module.weight_format, Int4):
+        codes = np.pad(module.weight_format.codes(module.weight, module.grid).numpy(), ((0, 0), (0, missing)))
         zeros = module.weight_zero_point.numpy().astype(np.uint8)
         packed = _nibbles(np.pad(zeros, ((0, 0), (0, n_blocks % 2))))
         blocks = _nibbles(codes).reshape(n_outputs, n_blocks, size // 2)
         return blocks, module.weight_scale.numpy().flatten(), packed.flatten()
-    signed = module.weights.pack(module.weight, module.grid).numpy().astype(np.int16)
+    signed = module.weight_format.pack(module.weight, module.grid).numpy().astype(np.int16)
     codes = np.pad(signed + INT8_ZERO, ((0, 0), (0, missing)), constant_values=INT8_ZERO).astype(np.uint8)
     steps = np.repeat(module.weight_scale.numpy()[:, None], n_blocks, axis=1)
     return codes.reshape(n_outputs, n_blocks, size), steps.flatten(), None
@@ -92,7 +92,7 @@ def _nibbles(codes: Array) -> Array:
 def _floats(graph: Graph, module: QuantizedModule, name: str) -> str:
     """The name of the weight, made of its bits by plain operators."""
     made = name
-    for kind, inputs, settings in _FLOATS[type(module.weights)](module):
+    for kind, inputs, settings in _FLOATS[type(module.weight_format)](module):
         names = [made if given is None else graph.add_constant(given, f"{name}::bits") for given in inputs]
         made = graph.add(make_node(kind, names, graph.fresh(name), **settings)).output[0]
     return made
@@ -105,21 +105,21 @@ Step = tuple[str, list[Array | None], dict[str, Any]]
 def _half_steps(module: QuantizedModule) -> Iterator[Step]:
     # ONNX Runtime's CPU kernels know no bfloat16; its values are float32's, cut.
     values = module.rounded_weight.detach().numpy()
-    yield "Cast", [values.astype(np.float16) if module.weights == Half() else values], {"to": FLOAT}
+    yield "Cast", [values.astype(np.float16) if module.weight_format == Half() else values], {"to": FLOAT}
 
 
 def _int8_steps(module: QuantizedModule) -> Iterator[Step]:
     assert module.weight_scale is not None, "the format has steps"
-    codes = module.weights.pack(module.weight, module.grid).numpy()
+    codes = module.weight_format.pack(module.weight, module.grid).numpy()
     yield "Cast", [codes], {"to": FLOAT}
     yield "Mul", [None, module.weight_scale.numpy().reshape(-1, *[1] * (codes.ndim - 1))], {}
 
 
 def _int4_steps(module: QuantizedModule) -> Iterator[Step]:
-    assert isinstance(module.weights, Int4)
+    assert isinstance(module.weight_format, Int4)
     assert module.weight_scale is not None and module.weight_zero_point is not None
-    size = module.weights.group_size
-    codes = module.weights.codes(module.weight, module.grid).numpy()
+    size = module.weight_format.group_size
+    codes = module.weight_format.codes(module.weight, module.grid).numpy()
     steps, zeros = module.weight_scale.numpy(), module.weight_zero_point.numpy()
     (n_outputs, n_groups), n_inputs = steps.shape, codes.shape[1]
     packed = _nibbles(np.pad(codes, ((0, 0), (0, n_groups * size - n_inputs))))

@@ -42,7 +42,7 @@ def _keep_bits(readers: Sequence[Any], module: QuantizedModule) -> None:
     gain = _gain(np.asarray(constant.data), weight)
     if gain is not None:
         as_floats = _read_in_product if readers[0].get_type_name() == "MatMul" else _read_at_load
-        kept = _KEEPERS[type(module.weights)](module, gain, list(constant.shape), as_floats)
+        kept = _KEEPERS[type(module.weight_format)](module, gain, list(constant.shape), as_floats)
         for reader in readers:
             reader.input(1).replace_source_output(kept.output(0))
 
@@ -74,7 +74,7 @@ def _gain(found: Floats, weight: Floats) -> Floats | None:
 
 def _half(module: QuantizedModule, gain: Floats, shape: list[int], _as_floats: AsFloats) -> Any:
     ov = load_openvino()
-    kind = ov.Type.bf16 if module.weights.dtype == torch.bfloat16 else ov.Type.f16
+    kind = ov.Type.bf16 if module.weight_format.dtype == torch.bfloat16 else ov.Type.f16
     # In float, since numpy knows no bfloat16: the values have one already.
     values = module.rounded_weight.detach().numpy().reshape(shape)
     floats = ov.opset13.convert(ov.opset13.constant(values, dtype=kind), np.float32)
@@ -83,7 +83,7 @@ def _half(module: QuantizedModule, gain: Floats, shape: list[int], _as_floats: A
 
 def _int8(module: QuantizedModule, gain: Floats, shape: list[int], as_floats: AsFloats) -> Any:
     ops = load_openvino().opset13
-    codes = module.weights.pack(module.weight, module.grid).numpy().reshape(shape)
+    codes = module.weight_format.pack(module.weight, module.grid).numpy().reshape(shape)
     assert module.weight_scale is not None, "the format has steps"
     steps = module.weight_scale.numpy() * gain
     return ops.multiply(as_floats(ops.constant(codes)), _by_output(steps, shape))
@@ -91,7 +91,7 @@ def _int8(module: QuantizedModule, gain: Floats, shape: list[int], as_floats: As
 
 def _int4(module: QuantizedModule, gain: Floats, shape: list[int], as_floats: AsFloats) -> Any:
     ov = load_openvino()
-    ops, weights = ov.opset13, module.weights
+    ops, weights = ov.opset13, module.weight_format
     assert isinstance(weights, Int4) and module.weight_scale is not None and module.weight_zero_point is not None
     steps, zeros = module.weight_scale.numpy() * gain[:, None], module.weight_zero_point.numpy()
     (n_outputs, n_groups), size = steps.shape, weights.group_size
