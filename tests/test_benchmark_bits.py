@@ -35,7 +35,7 @@ def rooms() -> Iterator[dict[str, Any]]:
 def test_signs_are_right_beyond_the_noise(
     rooms: dict[str, Any], predicted: float, measured: float, is_right: bool
 ) -> None:
-    assert rooms["joint"]._is_right(predicted, measured) == is_right
+    assert rooms["joint"]._is_right(predicted, measured, 0.02) == is_right
 
 
 def test_expected_bytes_are_bits_scales_and_all_else(rooms: dict[str, Any]) -> None:

@@ -87,9 +87,9 @@ def _predict(network: Network, runtime_name: str, mode: str, n_plans: int) -> di
     with tempfile.TemporaryDirectory() as directory, device_lock(target):
         cache = Cache(directory=Path(directory))
         choices = _choices(network, runtime, target, cache)
-        table = _table(network, choices, runtime, target, cache)
-        timer = _plan_timer(network, runtime, target, cache)
-        profile = fit_latency(table, _controls(network, runtime, target), timer)
+        table = latency_table(network, choices, runtime, target, cache)
+        timer = plan_timer(network, runtime, target, cache)
+        profile = fit_latency(table, plain_controls(network, runtime, target), timer)
         seconds = time.perf_counter() - started
         fitted = profile.latency_model
         print(
@@ -97,7 +97,7 @@ def _predict(network: Network, runtime_name: str, mode: str, n_plans: int) -> di
             file=sys.stderr,
         )
         plans = list(_random_plans(network, profile, n_plans))
-        measured = np.array([_measure(timer, profile.plan(plan)) for plan in plans], dtype=np.float64)
+        measured = np.array([measure_plan(timer, profile.plan(plan)) for plan in plans], dtype=np.float64)
     predicted = np.array([profile.predict(plan)[1] for plan in plans], dtype=np.float64)
     unfitted = np.array([table.summed_latency(plan) for plan in plans], dtype=np.float64)
     errors = np.abs(predicted / measured - 1)
@@ -128,7 +128,7 @@ def spearman(first: Floats, second: Floats) -> float:
 Shape = tuple[str, tuple[int, ...]]
 
 
-def _shape(info: LayerInfo) -> Shape:
+def shape_of(info: LayerInfo) -> Shape:
     return repr(info.spec), info.input_shape
 
 
@@ -140,15 +140,15 @@ def _choices(
     random = np.random.default_rng(SEED)
     chosen: dict[Shape, list[LayerChoice]] = {}
     for name, info in network.layers.items():
-        if _shape(info) in chosen:
+        if shape_of(info) in chosen:
             continue
         plain = [
             DENSE.model_copy(update={"weight_bits": w, "activation_bits": a}) for w, a in _bits(info, runtime, target)
         ]
-        kept = {*plain, *(plan.choice(name) for plan in _controls(network, runtime, target))}
-        others = [choice for choice in _offered(info, multiple, plain) if choice not in kept]
+        kept = {*plain, *(plan.choice(name) for plan in plain_controls(network, runtime, target))}
+        others = [choice for choice in smaller_choices(info, multiple, plain) if choice not in kept]
         picked = random.permutation(len(others))[: MAX_CANDIDATES - len(kept)]
-        chosen[_shape(info)] = [*sorted(kept, key=LayerChoice.key), *(others[i] for i in picked)]
+        chosen[shape_of(info)] = [*sorted(kept, key=LayerChoice.key), *(others[i] for i in picked)]
     return chosen
 
 
@@ -156,7 +156,7 @@ def _bits(info: LayerInfo, runtime: AbstractRuntime, target: Target) -> list[tup
     return [bits for bits in runtime.supported_bits(info.spec, target) if bits[0] in (32, 8)]
 
 
-def _offered(info: LayerInfo, multiple: int, plain: Sequence[LayerChoice]) -> list[LayerChoice]:
+def smaller_choices(info: LayerInfo, multiple: int, plain: Sequence[LayerChoice]) -> list[LayerChoice]:
     """All choices with fewer multiply-adds than dense, each in all the bits of the `plain` layer."""
     offered = []
     for name in Space().decompositions:
@@ -171,7 +171,7 @@ def _offered(info: LayerInfo, multiple: int, plain: Sequence[LayerChoice]) -> li
     return offered
 
 
-def _table(
+def latency_table(
     network: Network,
     choices: Mapping[Shape, Sequence[LayerChoice]],
     runtime: AbstractRuntime,
@@ -182,7 +182,7 @@ def _table(
     timer = LayerTimer(runtime=runtime, target=target, cache=cache)
     layers, dense_ms = [], 0.0
     for name, info in network.layers.items():
-        times = timer(info, network.model.get_submodule(name), choices[_shape(info)])
+        times = timer(info, network.model.get_submodule(name), choices[shape_of(info)])
         layer_ms = float(np.median([ms for _, ms in times.values()]))
         dense_ms += layer_ms
         candidates = [
@@ -197,7 +197,7 @@ def _table(
     return Profile(layers=tuple(layers), dense_latency_ms=reference_ms, dense_bytes=1)
 
 
-def _controls(network: Network, runtime: AbstractRuntime, target: Target) -> list[Plan]:
+def plain_controls(network: Network, runtime: AbstractRuntime, target: Target) -> list[Plan]:
     """Every layer at 8 bits where the target has the kernels, and uniform ranks."""
     quantized = {
         name: DENSE.model_copy(update=INT8)
@@ -208,7 +208,7 @@ def _controls(network: Network, runtime: AbstractRuntime, target: Target) -> lis
     return [Plan(layers=quantized), *uniform]
 
 
-def _plan_timer(network: Network, runtime: AbstractRuntime, target: Target, cache: Cache) -> PlanTimer:
+def plan_timer(network: Network, runtime: AbstractRuntime, target: Target, cache: Cache) -> PlanTimer:
     return PlanTimer(
         model=network.model,
         example=network.example,
@@ -220,7 +220,7 @@ def _plan_timer(network: Network, runtime: AbstractRuntime, target: Target, cach
     )
 
 
-def _measure(timer: PlanTimer, plan: Plan) -> float:
+def measure_plan(timer: PlanTimer, plan: Plan) -> float:
     """The plan's ratio to dense, interleaved with it, at greater length than a profile takes."""
     model = rebuild(timer.model, plan, timer.runtime.weight_limit(timer.target), timer.shared).eval()
     arrays = timer.example.numpy()
