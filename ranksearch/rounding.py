@@ -32,10 +32,10 @@ class Rounding:
     chosen: float
 
 
-def sample_outputs(model: nn.Module, layers: Iterable[str], inputs: Any, seed: int = 0) -> dict[str, OutputRows]:
+def sample_outputs(model: nn.Module, layers: Iterable[str], inputs: Any) -> dict[str, OutputRows]:
     """Rows of what the float layers give for `inputs`; those that do not run just once are missing."""
     modules = {name: model.get_submodule(name) for name in layers}
-    sampler = OutputSampler(max_rows={name: _sufficient_rows(module) for name, module in modules.items()}, seed=seed)
+    sampler = OutputSampler(max_rows={name: _sufficient_rows(module) for name, module in modules.items()}, seed=0)
     with evaluating(model), temporary_hooks() as handles:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(sampler.listener(name)))
@@ -74,11 +74,12 @@ class _Rounder:
 
     def __init__(self, name: str, wanted: OutputRows, results: dict[str, Rounding]) -> None:
         self.name, self.wanted, self.results = name, wanted, results
-        self.is_rounding = False
 
     def __call__(self, module: QuantizedModule, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if self.name in self.results:  # the corrected output is being computed
+            return None
         levels = module.weight_format.levels(module.grid, module.weight.shape)
-        if self.is_rounding or self.name in self.results or levels is None:
+        if levels is None:
             return None
         rows = input_rows(module.spec, module.activation(arguments[0]), output, self.wanted.index).double()
         if not bool(rows.isfinite().all()):
@@ -102,9 +103,7 @@ class _Rounder:
         module.weight.copy_(weight.reshape(module.weight.shape))
         if module.bias is not None:
             module.bias.copy_(bias.flatten())
-        self.is_rounding = True
         corrected: Tensor = module(*arguments)
-        self.is_rounding = False
         return corrected
 
 

@@ -14,25 +14,26 @@ DAMPING = 0.01
 Floats = NDArray[np.float64]
 
 
-def compensated(weight: Tensor, moment: Tensor, levels: Levels, damping: float = DAMPING) -> Tensor:
+def compensated(weight: Tensor, moment: Tensor, levels: Levels) -> Tensor:
     """`weight` (G, T, D) rounded to its levels such that sums over inputs change little; float64.
 
     `moment` (G, D, D) is the second moment of the inputs of each of G groups, `levels` are (G * T, D). Inputs are
     rounded one after the other, those of largest moment first, and what each adds of error the later ones take off as
     far as they vary alike. Plainly rounded comes back where the moment is of no use.
     """
-    shape = weight.shape
-    step, lowest, highest = (values.double().reshape(shape) for values in levels)
-    plain = (weight.double() / step).round().clamp(lowest, highest) * step
-    squares = moment.double().diagonal(dim1=1, dim2=2)
-    order = squares.argsort(dim=1, descending=True)
-    root, failed = _inverse_root(_ordered(moment.double(), order), damping)
+    # numpy, on the CPU: many short steps, for which torch's threads wait longer than they work.
+    device, shape = weight.device, weight.shape
+    step, lowest, highest = (values.cpu().double().reshape(shape) for values in levels)
+    weight, moment = weight.cpu().double(), moment.cpu().double()
+    plain = (weight / step).round().clamp(lowest, highest) * step
+    order = moment.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    root, failed = _inverse_root(_ordered(moment, order))
     columns = order[:, None, :].expand(shape)
-    parts = [values.gather(2, columns).numpy() for values in (weight.double(), step, lowest, highest)]
+    parts = [values.gather(2, columns).numpy() for values in (weight, step, lowest, highest)]
     rounded = torch.empty_like(plain)
     rounded.scatter_(2, columns, torch.from_numpy(_round_in_turn(parts[0], root.numpy(), *parts[1:])))
     usable = (~failed)[:, None, None] & rounded.isfinite()
-    return torch.where(usable, rounded, plain)
+    return torch.where(usable, rounded, plain).to(device)
 
 
 def _ordered(moment: Tensor, order: Tensor) -> Tensor:
@@ -40,14 +41,14 @@ def _ordered(moment: Tensor, order: Tensor) -> Tensor:
     return rows.gather(2, order[:, None, :].expand(moment.shape))
 
 
-def _inverse_root(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def _inverse_root(moment: Tensor) -> tuple[Tensor, Tensor]:
     """The upper triangular R with R^T R the inverse of the damped moment (G, D, D), and which of them failed (G,).
 
     By the lower root of the moment turned round, which is R's inverse turned round.
     """
     damped = moment.clone()
     diagonal = damped.diagonal(dim1=1, dim2=2)
-    diagonal += (damping * diagonal.mean(1, keepdim=True)).clamp_min(torch.finfo(moment.dtype).tiny)
+    diagonal += (DAMPING * diagonal.mean(1, keepdim=True)).clamp_min(torch.finfo(moment.dtype).tiny)
     lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype).expand_as(moment)
     lower = torch.where((failed != 0)[:, None, None], identity, lower)

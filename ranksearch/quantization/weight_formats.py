@@ -250,12 +250,10 @@ def _best_affine(groups: Floats) -> tuple[Floats, NDArray[np.int32]]:
     for clipping in CLIPPINGS:
         step = _steps((high - low) * clipping / (N_LEVELS - 1))
         exact = -low * clipping / step
-        tried += [(step, np.clip(rounded, 0, N_LEVELS - 1).astype(np.int32)) for rounded in _both_ways(exact)]
+        tried += [
+            (step, np.clip(rounded, 0, N_LEVELS - 1).astype(np.int32)) for rounded in (np.floor(exact), np.ceil(exact))
+        ]
     return _least_error(groups, tried)
-
-
-def _both_ways(values: Floats) -> tuple[Floats, Floats]:
-    return np.floor(values), np.ceil(values)
 
 
 def _steps(values: Floats) -> Floats:
