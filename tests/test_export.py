@@ -126,7 +126,8 @@ def exported(
         keep=lambda plan, model: write_bundle(bench, plan, model, place),
     ).evaluate(plan)
     measured = dict.fromkeys(FRONT_COLUMNS) | {k: v for k, v in evaluation if k in FRONT_COLUMNS}
-    measured["dense_latency_ms"] = 1.0
+    # What so small a model takes differs from one second to the next: whether a latency holds is told by claims.
+    measured |= {"dense_latency_ms": 1.0, "ratio_high": 10.0}
 
     def export(destination: Path, **changes: Any) -> Path:
         export_bundle(place, destination, measured | changes, "# Report\n", Provenance(study="tiny", trial=7), False)
