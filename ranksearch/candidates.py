@@ -9,19 +9,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ranksearch.errors import StudyError
 from ranksearch.latency_model import LatencyModel
+from ranksearch.loss_model import LossModel
 from ranksearch.plan import DENSE, LayerChoice, Plan
 
-# Beside the controls so many random plans are timed whole, which draw from this share of each layer's candidates.
+# Beside the controls so many random plans are measured whole, which draw from this share of each layer's candidates.
 N_RANDOM_PLANS, WINDOW = 6, 0.5
 
-# A plan's latency over dense's.
+# A plan's latency over dense's, and its loss in nats of KL to dense.
 TimePlan = Callable[[Plan], float]
+MeasureLoss = Callable[[Plan], float]
 
 
 class Candidate(BaseModel):
     """One choice for one layer: predicted loss (in nats of KL to dense), latency on the target, bytes on disk.
 
-    `storage_only` where no kernel of the target computes with its bits.
+    `rounding_loss` is the part of the loss that its bits cause; `storage_only` where no kernel of the target computes
+    with them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +33,7 @@ class Candidate(BaseModel):
     loss: float
     latency_ms: float
     n_bytes: int
+    rounding_loss: float = 0.0
     storage_only: bool = False
 
     @property
@@ -69,7 +73,8 @@ class LayerProfile(BaseModel):
 class Profile(BaseModel):
     """The candidate table of a study, with the dense model's own figures on the target.
 
-    `latency_model` makes a plan's latency out of its layers'; `ties` are the names of layers that share their bits.
+    `latency_model` and `loss_model` make a plan's latency and loss out of its layers'; `ties` are the names of layers
+    that share their bits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +83,7 @@ class Profile(BaseModel):
     dense_latency_ms: float
     dense_bytes: int
     latency_model: LatencyModel = LatencyModel()
+    loss_model: LossModel = LossModel()
     ties: tuple[tuple[str, ...], ...] = ()
 
     def tied_rows(self) -> tuple[tuple[int, ...], ...]:
@@ -103,20 +109,31 @@ class Profile(BaseModel):
             raise StudyError(f"layer {min(unknown)!r} is not in the candidate table")
         return tuple(layer.index(plan.choice(layer.name)) for layer in self.layers)
 
+    def chosen(self, indices: Sequence[int]) -> list[Candidate]:
+        """The candidate of each layer."""
+        return [layer.candidates[i] for layer, i in zip(self.layers, indices, strict=True)]
+
+    def decomposition_losses(self, indices: Sequence[int]) -> list[float]:
+        """What each layer loses by its decomposition, its bits apart."""
+        return [max(candidate.loss - candidate.rounding_loss, 0.0) for candidate in self.chosen(indices)]
+
     def predict(self, indices: Sequence[int]) -> tuple[float, float, float]:
-        """Predicted (loss, latency ratio, bytes ratio): sums over the layers, the rest of the model as in dense."""
-        chosen = [layer.candidates[i] for layer, i in zip(self.layers, indices, strict=True)]
+        """Predicted (loss, latency ratio, bytes ratio) out of the layers', the rest of the model as in dense.
+
+        What bits lose, independently from layer to layer, adds up; what decompositions lose does so by `loss_model`.
+        """
+        chosen = self.chosen(indices)
         dense = [layer.candidates[layer.dense] for layer in self.layers]
         saved_bytes = sum(d.n_bytes - c.n_bytes for d, c in zip(dense, chosen, strict=True))
         return (
-            sum(candidate.loss for candidate in chosen),
+            sum(c.rounding_loss for c in chosen) + self.loss_model.predict(self.decomposition_losses(indices)),
             self.latency_model.predict(self.summed_latency(indices)),
             1 - saved_bytes / self.dense_bytes,
         )
 
     def summed_latency(self, indices: Sequence[int]) -> float:
         """What the layers' figures alone say of a plan's latency over dense's, the rest of the model as in dense."""
-        chosen = [layer.candidates[i] for layer, i in zip(self.layers, indices, strict=True)]
+        chosen = self.chosen(indices)
         dense = [layer.candidates[layer.dense] for layer in self.layers]
         return 1 - sum(d.latency_ms - c.latency_ms for d, c in zip(dense, chosen, strict=True)) / self.dense_latency_ms
 
@@ -142,18 +159,31 @@ class Profile(BaseModel):
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
-def fit_latency(profile: Profile, controls: Sequence[Plan], time_plan: TimePlan, seed: int = 0) -> Profile:
-    """The profile with its latency model fitted to whole plans, timed: the controls, and random ones.
+def whole_plans(profile: Profile, controls: Sequence[Plan], seed: int = 0) -> list[tuple[int, ...]]:
+    """The plans that are measured whole to see how layers' figures add up: the controls, and random ones; not dense."""
+    plans = [profile.indices(plan) for plan in controls] + spread_plans(profile, N_RANDOM_PLANS, seed)
+    dense = tuple(layer.dense for layer in profile.layers)
+    return [indices for indices in dict.fromkeys(plans) if indices != dense]
+
+
+def fit_latency(profile: Profile, plans: Sequence[tuple[int, ...]], time_plan: TimePlan) -> Profile:
+    """The profile with its latency model fitted to dense and these plans, timed.
 
     The layers' latencies become what each takes of the model's, so that the line's slope is 1 from then on.
     """
-    plans = [profile.indices(plan) for plan in controls] + spread_plans(profile, N_RANDOM_PLANS, seed)
     dense = tuple(layer.dense for layer in profile.layers)
-    timed = [indices for indices in dict.fromkeys(plans) if indices != dense]
-    ratios = [1.0, *(time_plan(profile.plan(indices)) for indices in timed)]
-    slope = profile.corrected([dense, *timed], ratios).latency_model.slope
+    ratios = [1.0, *(time_plan(profile.plan(indices)) for indices in plans)]
+    slope = profile.corrected([dense, *plans], ratios).latency_model.slope
     scaled = profile.model_copy(update={"layers": tuple(_scaled(layer, slope) for layer in profile.layers)})
-    return scaled.corrected([dense, *timed], ratios)
+    return scaled.corrected([dense, *plans], ratios)
+
+
+def fit_loss(profile: Profile, plans: Sequence[tuple[int, ...]], measure_loss: MeasureLoss) -> Profile:
+    """The profile with its loss model fitted to what these plans lose in float32, measured."""
+    lost = [profile.decomposition_losses(indices) for indices in plans]
+    told = {tuple(losses): plan for losses, plan in zip(lost, plans, strict=True) if any(losses)}
+    measured = [measure_loss(profile.plan(indices).in_float) for indices in told.values()]
+    return profile.model_copy(update={"loss_model": LossModel.fit(list(told), measured)})
 
 
 def spread_plans(profile: Profile, n: int, seed: int) -> list[tuple[int, ...]]:

@@ -168,6 +168,13 @@ class Plan(_Value):
         """What becomes of `layer`."""
         return self.layers.get(layer, DENSE)
 
+    @property
+    def in_float(self) -> Self:
+        """The same decompositions in float32."""
+        return self.model_copy(
+            update={"layers": {name: choice.in_float for name, choice in self.layers.items()}, "quantizers": ()}
+        )
+
     def changes(self) -> dict[str, LayerChoice]:
         """The layers that do not stay dense."""
         return {name: choice for name, choice in self.layers.items() if choice != DENSE}

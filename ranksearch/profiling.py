@@ -1,4 +1,4 @@
-"""Make the candidate table: predicted losses, set to scale by a measured KL, and latencies on the target."""
+"""Make the candidate table: predicted losses, set to scale by measured KLs, and latencies on the target."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,20 @@ import numpy as np
 from torch import nn
 
 from ranksearch.bits import OfferedBits
-from ranksearch.candidates import Candidate, LayerProfile, Profile, TimePlan, fit_latency
+from ranksearch.candidates import Candidate, LayerProfile, Profile, TimePlan, fit_latency, fit_loss, whole_plans
 from ranksearch.compression import compress, rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
 from ranksearch.layer_timing import LayerTimes
 from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating, layer_weight
+from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.quantization.formats import CODE_LIMIT
 from ranksearch.scoring import output_distance
 from ranksearch.spec import Objective, Space
 from ranksearch.statistics import predicted_loss
-from ranksearch.weights import packed_bytes
+from ranksearch.weights import bytes_in_file
 
 # So many choices are timed for layers of one shape, of at most so many ranks per decomposition.
 MAX_CANDIDATES, RANKS_TRIED = 12, 5
@@ -70,17 +72,18 @@ class ProfileMaker:
             layers.append(LayerProfile(name=name, candidates=self._candidates(info, kept[name], timed)))
         on_layer("whole plans")
         table = Profile(layers=tuple(layers), dense_latency_ms=dense_latency_ms, dense_bytes=dense_bytes)
-        return fit_latency(table, controls, self.time_plan)
+        plans = whole_plans(table, controls)
+        return fit_loss(fit_latency(table, plans, self.time_plan), plans, self._measured)
 
     def _candidates(self, info: LayerInfo, kept: set[LayerChoice], timed: Timed) -> tuple[Candidate, ...]:
         alike = (info.spec, info.input_shape)
         settled = timed.get(alike)
-        losses = self._losses(info, kept, settled)
+        losses, rounding = self._losses(info, kept, settled)
         layer = self.model.get_submodule(info.name)
         alone = nn.Sequential(layer)
         worth_timing = _worth_timing(info, kept, losses) if settled is None else list(losses)
         timed.setdefault(alike, worth_timing)
-        sizes = {choice: packed_bytes(rebuild(alone, Plan(layers={"0": choice}))) for choice in worth_timing}
+        sizes = {choice: bytes_in_file(rebuild(alone, Plan(layers={"0": choice}))) for choice in worth_timing}
         stored = {(b.weight_bits, b.activation_bits) for b in self.bits(info.spec) if b.storage_only}
         ratios, dense_ms = self._times(info, layer, worth_timing, stored)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {
@@ -97,6 +100,7 @@ class ProfileMaker:
             Candidate(
                 choice=choice,
                 loss=losses[choice],
+                rounding_loss=rounding[_only_rounded(choice)],
                 latency_ms=ratios[choice] * dense_ms,
                 n_bytes=sizes[choice],
                 storage_only=(choice.weight_bits, choice.activation_bits) in stored,
@@ -122,11 +126,11 @@ class ProfileMaker:
 
     def _losses(
         self, info: LayerInfo, kept: set[LayerChoice], timed: Sequence[LayerChoice] | None
-    ) -> dict[LayerChoice, float]:
+    ) -> tuple[dict[LayerChoice, float], dict[LayerChoice, float]]:
         """The predicted loss in nats of KL to dense: of each choice that is `timed`, of all where that is not settled.
 
         The closed form is set to scale by measured KLs; the loss of bits is measured once for each pair, on the layer
-        that is only quantized, and added to each choice in those bits.
+        that is only quantized, and added to each choice in those bits. It is given apart too, by that layer's choice.
         """
         bits = self.bits(info.spec)
         wanted = kept if timed is None else kept | set(timed)
@@ -137,8 +141,8 @@ class ProfileMaker:
         offered = [b.of(shape) for shape in floats for b in bits if shape.decomposition in self.space.decompositions]
         choices = sorted({*offered, *kept} if timed is None else wanted, key=LayerChoice.key)
         plain = dict.fromkeys(_only_rounded(choice) for choice in choices)
-        rounding = {c: self._measured(info.name, c) if c.weight_bits < MILDEST_BITS else 0.0 for c in plain}
-        return {choice: floats[choice.in_float] + rounding[_only_rounded(choice)] for choice in choices}
+        rounding = {c: self._alone(info.name, c) if c.weight_bits < MILDEST_BITS else 0.0 for c in plain}
+        return {choice: floats[choice.in_float] + rounding[_only_rounded(choice)] for choice in choices}, rounding
 
     def _closed_forms(self, info: LayerInfo, shapes: Sequence[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
         """Predicted losses, not yet to scale, of float choices that shrink the layer."""
@@ -146,14 +150,14 @@ class ProfileMaker:
         statistics = self.factorisations.statistics[info.name]
         for shape in shapes:
             difference = weight - self.factorisations.of(info.name, shape).weight(shape.ranks)
-            yield shape, max(predicted_loss(statistics, difference, mean_absorbed=True), 1e-12)
+            yield shape, max(predicted_loss(statistics, difference, mean_absorbed=True), SMALLEST_LOSS)
 
     def _scale(self, name: str, raw: Mapping[LayerChoice, float]) -> float:
         """Measured over predicted loss, their geometric mean over a mild, a middling and a harsh choice.
 
         One alone misleads: small changes are within the closed form's reach and large ones saturate.
         """
-        ratios = [self._measured(name, choice) / raw[choice] for choice in references(raw)]
+        ratios = [self._alone(name, choice) / raw[choice] for choice in references(raw)]
         return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
     def _keep_factors(self, name: str, choices: Sequence[LayerChoice]) -> None:
@@ -162,22 +166,38 @@ class ProfileMaker:
             if choice.decomposition != "none":
                 self.factorisations.factors(name, choice)
 
-    def _measured(self, name: str, choice: LayerChoice) -> float:
-        """The distance of the model's outputs to dense when this layer alone is changed, in nats."""
-        plan = Plan(layers={name: choice})
-        compressed = compress(
-            self.model,
-            plan,
-            calibration=self.calibration[:KL_BATCHES],
-            factorisations=self.factorisations,
-            weight_limit=self.weight_limit,
+    def _alone(self, name: str, choice: LayerChoice) -> float:
+        """The loss when this layer alone is changed."""
+        return self._measured(Plan(layers={name: choice}))
+
+    def _measured(self, plan: Plan) -> float:
+        return measured_loss(
+            self.model, plan, self.calibration, self.factorisations, self.loss, weight_limit=self.weight_limit
         )
-        distances = []
-        for inputs, _ in self.calibration[KL_BATCHES : 2 * KL_BATCHES] or self.calibration[:KL_BATCHES]:
-            with evaluating(self.model), evaluating(compressed):
-                dense, outputs = call_model(self.model, inputs), call_model(compressed, inputs)
-            distances.append(output_distance(outputs, dense, self.loss))
-        return max(float(np.mean(distances)), 1e-12)
+
+
+def measured_loss(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Sequence[tuple[Any, Any]],
+    factorisations: Factorisations,
+    loss: Any,
+    *,
+    weight_limit: int = CODE_LIMIT,
+) -> float:
+    """The distance of the outputs under `plan` to dense, in nats, on calibration batches that did not shape it.
+
+    Always positive. With too few batches, those that shaped it are used.
+    """
+    compressed = compress(
+        model, plan, calibration=calibration[:KL_BATCHES], factorisations=factorisations, weight_limit=weight_limit
+    )
+    distances = []
+    for inputs, _ in calibration[KL_BATCHES : 2 * KL_BATCHES] or calibration[:KL_BATCHES]:
+        with evaluating(model), evaluating(compressed):
+            dense, outputs = call_model(model, inputs), call_model(compressed, inputs)
+        distances.append(output_distance(outputs, dense, loss))
+    return max(float(np.mean(distances)), SMALLEST_LOSS)
 
 
 def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[LayerChoice]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranksearch.quantization import load_packed, packed_state
+from ranksearch.quantization import is_joined, load_packed, packed_state
 
 # safetensors' names of types, in the order in which tensors of those types lie in its files.
 _DTYPES = {
@@ -47,6 +47,15 @@ def load_stored(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def packed_bytes(model: nn.Module) -> int:
     """The size of `model.safetensors`, header included, without writing it."""
     return safetensors_size(stored_state(model))
+
+
+def bytes_in_file(layer: nn.Module) -> int:
+    """What a layer adds to `model.safetensors`, up to what does not depend on it."""
+    state = stored_state(layer)
+    # The names of what is joined of all layers are there whatever this one is.
+    named = {name: tensor for name, tensor in state.items() if not is_joined(name)}
+    joined = (tensor for name, tensor in state.items() if is_joined(name))
+    return safetensors_size(named) + sum(tensor.numel() * tensor.element_size() for tensor in joined)
 
 
 def safetensors_size(state: Mapping[str, Tensor]) -> int:

@@ -29,15 +29,15 @@ def make_profile(n_layers: int = 8, n_single: int = 1) -> Profile:
 def _candidates(i: int) -> tuple[Candidate, ...]:
     fragility = 0.002 * (1 + (i * 7) % 5)
     found = [Candidate(choice=DENSE, loss=0.0, latency_ms=1.0, n_bytes=4000)]
-    found.append(Candidate(choice=INT8, loss=0.4 * fragility, latency_ms=0.4, n_bytes=1000))
+    rounding = {32: 0.0, 8: 0.4 * fragility}
+    found.append(Candidate(choice=INT8, loss=rounding[8], rounding_loss=rounding[8], latency_ms=0.4, n_bytes=1000))
     for rank, share in ((8, 0.25), (16, 0.5)):
         for bits in (32, 8):
             choice = LayerChoice(decomposition="svd", ranks=(rank,), weight_bits=bits, activation_bits=bits)
-            loss = fragility * (1 / share + 8 / bits)
+            loss = fragility * (1 / share + 0.25) + rounding[bits]
             size, speed = (1.0, 1.0) if bits == 32 else (0.25, 0.7 + 0.1 * (i % 7))
-            found.append(
-                Candidate(choice=choice, loss=loss, latency_ms=share * speed, n_bytes=int(4000 * share * size))
-            )
+            figures = {"latency_ms": share * speed, "n_bytes": int(4000 * share * size)}
+            found.append(Candidate(choice=choice, loss=loss, rounding_loss=rounding[bits], **figures))
     return tuple(sorted(found, key=lambda candidate: candidate.latency_ms))
 
 

@@ -44,5 +44,5 @@ def test_expected_bytes_are_bits_scales_and_all_else(rooms: dict[str, Any]) -> N
     with torch.no_grad():
         rounded = rebuild(model, plan)
     # Weights, two steps and zero points an output, bias; weights, a step an output, the range's scale and zero point.
-    expected = (64 * 10 // 2 + 10 * 2 * 2 + 10 * 2 // 2 + 10 * 4) + (10 * 3 + 3 * 4 + 4 + 4)
+    expected = (64 * 10 // 2 + 10 * 2 * 2 + 10 * 2 // 2 + 10 * 4) + (10 * 3 + 3 * 4 + 4 + 1)
     assert rooms["size"]._bits_and_all_else(rounded) == expected

@@ -3,8 +3,9 @@
 import pytest
 from synthetic_study import INT8, make_controls, make_profile
 
-from ranksearch.candidates import N_RANDOM_PLANS, Profile, fit_latency, spread_plans
+from ranksearch.candidates import N_RANDOM_PLANS, Profile, fit_latency, fit_loss, spread_plans, whole_plans
 from ranksearch.errors import StudyError
+from ranksearch.loss_model import LossModel
 from ranksearch.plan import DENSE, LayerChoice, Plan
 
 
@@ -62,7 +63,7 @@ def test_the_latency_model_is_fitted_to_the_controls_and_to_random_plans_each_ti
         timed.append(plan)
         return 0.5 + 0.5 * profile.summed_latency(profile.indices(plan))
 
-    fitted = fit_latency(profile, controls, time_plan)
+    fitted = fit_latency(profile, whole_plans(profile, controls), time_plan)
     dense = tuple(layer.dense for layer in profile.layers)
     hashes = {plan.hash() for plan in timed}
     assert len(hashes) == len(timed) > N_RANDOM_PLANS // 2 and profile.plan(dense).hash() not in hashes
@@ -74,6 +75,28 @@ def test_the_latency_model_is_fitted_to_the_controls_and_to_random_plans_each_ti
     for indices in spread_plans(profile, 5, seed=7):
         measured = 0.5 + 0.5 * profile.summed_latency(indices)
         assert fitted.predict(indices)[1] == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("coherence", [0.0, 0.3, 1.0])
+def test_the_loss_model_is_fitted_to_whole_plans_in_float(coherence: float) -> None:
+    profile = make_profile(12)
+    truth = profile.model_copy(update={"loss_model": LossModel(coherence=coherence)})
+    measured: list[Plan] = []
+
+    def measure(plan: Plan) -> float:
+        assert all(choice.bits == "32/32" for choice in plan.layers.values())
+        measured.append(plan)
+        return truth.predict(truth.indices(plan))[0]
+
+    fitted = fit_loss(profile, whole_plans(profile, [plan for _, plan in make_controls(profile)]), measure)
+    assert measured and fitted.loss_model.coherence == pytest.approx(coherence)
+    assert Profile.from_json(fitted.to_json()) == fitted
+    for indices in spread_plans(profile, 5, seed=7):
+        assert fitted.predict(indices)[0] == pytest.approx(truth.predict(indices)[0])
+    # What bits lose is independent from layer to layer.
+    quantized = [layer.index(INT8) for layer in profile.layers[:-1]] + [0]
+    lost = [profile.layers[row].candidates[i].loss for row, i in enumerate(quantized)]
+    assert fitted.predict(quantized)[0] == pytest.approx(sum(lost))
 
 
 def test_spread_plans_span_the_table() -> None:

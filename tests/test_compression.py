@@ -21,10 +21,10 @@ from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.layers import ConvSpec, LayerSpec, compressible_layers
-from ranksearch.plan import LayerChoice, Plan
+from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.quantization import QuantizedLinear, activation_quantizers, freeze, quantized_modules
 from ranksearch.statistics import LayerStatistics, collect
-from ranksearch.weights import load_stored, packed_bytes, safetensors_size, stored_state
+from ranksearch.weights import bytes_in_file, load_stored, packed_bytes, safetensors_size, stored_state
 from ranksearch.workbench import Workbench, to_arrays
 
 KINDS = list(plans())
@@ -521,3 +521,20 @@ def test_packed_bytes_are_those_of_small_nets(widths: list[int], quantized: bool
     rebuilt = rebuild(model, plan)
     file = io.BytesIO(safetensors.torch.save(stored_state(rebuilt)))
     assert packed_bytes(rebuilt) == len(file.getvalue())
+
+
+SMALL = LayerChoice(decomposition="svd", ranks=(4,))
+
+
+@pytest.mark.parametrize(
+    "choice", [DENSE, INT8, DENSE.with_bits(4, 32), SMALL.with_bits(8, 8), SMALL.with_bits(16, 32)]
+)
+def test_what_a_layer_adds_to_a_file_does_not_depend_on_the_others(choice: LayerChoice) -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    quantized = {"1": INT8, "2": DENSE.with_bits(4, 32)}
+    before, after = (
+        packed_bytes(rebuild(model, Plan(layers={**quantized, "3": changed}))) for changed in (SMALL, choice)
+    )
+    alone = [bytes_in_file(rebuild(nn.Sequential(model[3]), Plan(layers={"0": c}))) for c in (SMALL, choice)]
+    # The header is padded to eight bytes; the places that it tells have more digits in a larger file.
+    assert after - before == pytest.approx(alone[1] - alone[0], abs=40)

@@ -27,7 +27,7 @@ from ranksearch.profiling import MAX_CANDIDATES, ProfileMaker
 from ranksearch.scoring import output_distance
 from ranksearch.spec import Objective, Space
 from ranksearch.statistics import collect
-from ranksearch.weights import packed_bytes
+from ranksearch.weights import bytes_in_file
 from ranksearch.workbench import Workbench
 
 DENSE_MS = 2.0
@@ -119,11 +119,11 @@ def test_the_same_times_give_the_same_table(profile: Profile, bench: Workbench, 
     assert Profile.from_json(profile.to_json()) == profile
 
 
-def test_bytes_are_what_a_layer_alone_would_take(profile: Profile, bench: Workbench) -> None:
+def test_bytes_are_what_a_layer_adds_to_the_file(profile: Profile, bench: Workbench) -> None:
     for layer in profile.layers:
         module = nn.Sequential(bench.model.get_submodule(layer.name))
         for candidate in layer.candidates:
-            assert candidate.n_bytes == packed_bytes(rebuild(module, Plan(layers={"0": candidate.choice})))
+            assert candidate.n_bytes == bytes_in_file(rebuild(module, Plan(layers={"0": candidate.choice})))
 
 
 def test_latencies_are_ratios_to_dense(profile: Profile) -> None:

@@ -214,8 +214,9 @@ def test_packed_state_gives_back_the_outputs_to_the_bit() -> None:
     freeze(model)
     state = packed_state(model)
     assert state["0.weight"].dtype == torch.int8
-    assert state["4.weight_scale"].dtype == torch.float32
-    assert not any("weight_zero_point" in name for name in state)
+    assert state["weight_scale:float32"].shape == (len(state["0.weight"]) + len(state["4.weight"]),)
+    assert state["activation.scale:float32"].shape == state["activation.zero_point:uint8"].shape == (2,)
+    assert not any("weight_scale" in name or "weight_zero_point" in name for name in state if ":" not in name)
     other = _chain()
     load_packed(other, state)
     assert torch.equal(other(inputs), model(inputs))
@@ -236,7 +237,17 @@ def test_packed_state_of_a_root_layer() -> None:
         (lambda s: s.pop("1.bias"), "1.bias"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra"),
         (lambda s: s.update({"0.weight": s["0.weight"].float()}), "'0.weight' is float32; the plan wants int8"),
-        (lambda s: s.pop("0.weight_scale"), "'0.weight_scale' is missing"),
+        (lambda s: s.pop("0.weight"), "0.weight"),
+        (lambda s: s.pop("weight_scale:float32"), "'weight_scale:float32' is missing"),
+        (
+            lambda s: s.update({"weight_scale:float16": torch.ones(9).half()}),
+            "float16 of 9 values; the plan wants none",
+        ),
+        (
+            lambda s: s.update({"activation.scale:float32": torch.ones(3)}),
+            "'activation.scale:float32' is float32 of 3 values; the plan wants float32 of 2",
+        ),
+        (lambda s: s.update({"activation.scale:float32": torch.ones(2).half()}), "is float16 of 2 values"),
         (lambda s: s.update({"0.weight": s["0.weight"][:4]}), "0.weight"),
         (lambda s: s.update({"1.bias": s["1.bias"].to(torch.int8)}), "'1.bias' is int8"),
     ],

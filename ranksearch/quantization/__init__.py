@@ -14,7 +14,7 @@ from ranksearch.quantization.modules import (
     quantized_modules,
     round_outputs,
 )
-from ranksearch.quantization.packing import load_packed, packed_state
+from ranksearch.quantization.packing import is_joined, load_packed, packed_state
 from ranksearch.quantization.placement import RoundedOutputs, SharedTensors, rounded_outputs, shared_tensors
 from ranksearch.quantization.ranges import observe_ranges
 from ranksearch.quantization.weight_formats import Half, Int4, Int8, WeightFormat
@@ -35,6 +35,7 @@ __all__ = [
     "activation_quantizers",
     "compensated",
     "freeze",
+    "is_joined",
     "load_packed",
     "observe_ranges",
     "packed_state",

@@ -27,7 +27,7 @@ from latency_prediction import (
 )
 
 from ranksearch.cache import Cache
-from ranksearch.candidates import Profile, fit_latency
+from ranksearch.candidates import Profile, fit_latency, whole_plans
 from ranksearch.device import device_lock
 from ranksearch.plan import DENSE, LayerChoice
 from ranksearch.runtimes import AbstractRuntime, get_runtime
@@ -74,7 +74,7 @@ def _pairs(network: Network, n_plans: int, noise: float) -> list[dict[str, Any]]
         choices = _choices(network, runtime, target, cache)
         timer = plan_timer(network, runtime, target, cache)
         table = latency_table(network, choices, runtime, target, cache)
-        profile = fit_latency(table, plain_controls(network, runtime, target), timer)
+        profile = fit_latency(table, whole_plans(table, plain_controls(network, runtime, target)), timer)
         rows = []
         for in_float, rounded in _twins(network, profile, n_plans):
             predicted = profile.predict(rounded)[1] / profile.predict(in_float)[1]

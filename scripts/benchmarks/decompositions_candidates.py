@@ -11,12 +11,11 @@ import torch
 from decompositions_networks import Subject
 from torch import Tensor, nn
 
-from ranksearch.compression import compress
 from ranksearch.decompositions import DECOMPOSITIONS, AbstractDecomposition, Options, Ranks
 from ranksearch.decompositions.base import n_dense_params
 from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating
 from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.profiling import references
+from ranksearch.profiling import measured_loss, references
 from ranksearch.scoring import output_distance
 from ranksearch.statistics import predicted_loss
 
@@ -26,7 +25,6 @@ MIXTURE = tuple(name for name in DECOMPOSITIONS if name != "none")
 ITERATIVE = ("cp",)
 MAX_RANKS = 160  # of one method at one layer
 SMALL_RANK = 16
-KL_BATCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +84,11 @@ def measured_kl(model: nn.Module, inputs: Sequence[Tensor], dense_outputs: Seque
     return output_distance(outputs, torch.cat(list(dense_outputs)), loss)
 
 
+def loss_of(subject: Subject, plan: Plan) -> float:
+    """The plan's loss on calibration examples, as the profile measures it."""
+    return measured_loss(subject.model, plan, subject.calibration, subject.factorisations, subject.loss)
+
+
 def _choices(spec: LayerSpec, multiple: int, *, fine: bool) -> Iterator[LayerChoice]:
     for name in MIXTURE:
         method = DECOMPOSITIONS[name]
@@ -104,18 +107,7 @@ def _closed_form(subject: Subject, name: str, choice: LayerChoice) -> float:
 
 def _scale(subject: Subject, name: str, raw: Mapping[LayerChoice, float]) -> float:
     """Measured over predicted KL with this layer alone compressed: the geometric mean of the profile's references."""
-    inputs = [batch for batch, _ in subject.calibration[KL_BATCHES : 2 * KL_BATCHES]]
-    with evaluating(subject.model):
-        dense = [call_model(subject.model, batch) for batch in inputs]
-    ratios = []
-    for choice in references(raw):
-        compressed = compress(
-            subject.model,
-            Plan(layers={name: choice}),
-            calibration=subject.calibration[:KL_BATCHES],
-            factorisations=subject.factorisations,
-        )
-        ratios.append(max(measured_kl(compressed, inputs, dense, subject.loss), 1e-12) / raw[choice])
+    ratios = [loss_of(subject, Plan(layers={name: choice})) / raw[choice] for choice in references(raw)]
     return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Prediction: does the sum of the layers' predicted losses order whole plans as their measured loss does?"""
+"""Prediction: does what the layers' predicted losses add up to order whole plans as their measured loss does?"""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from decompositions_candidates import Candidate, Candidates, candidates, measured_kl
+from decompositions_candidates import Candidate, Candidates, candidates, loss_of, measured_kl
 from decompositions_networks import Subject
 from numpy.typing import NDArray
 
+from ranksearch.candidates import N_RANDOM_PLANS
 from ranksearch.compression import compress
 from ranksearch.layers import call_model, evaluating
+from ranksearch.loss_model import LossModel
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import Plan
 from ranksearch.recovery import reestimate_batchnorm
@@ -23,6 +25,8 @@ SMALLEST_BAND = 15
 N_BATCHNORM, N_HELD_OUT, N_MEASURED = 1024, 256, 1000
 CLOSE_ENOUGH, MAX_STEPS = 0.005, 2000
 TELL_EVERY = 20  # plans
+# Of the plans that are judged, and of those that the profile would measure to see how losses add up.
+SEED, FITTING_SEED = 0, 1
 Floats = NDArray[np.float64]
 
 
@@ -38,19 +42,21 @@ def answer(
     subjects: Sequence[Subject], targets: Targets, *, n_plans: int, multiple: int
 ) -> tuple[dict[str, Any], list[str]]:
     """The rank correlations of each network's random plans."""
-    figures = {subject.name: _correlations(*_measure(subject, n_plans, multiple)) for subject in subjects}
+    figures = {subject.name: _figures(subject, n_plans, multiple) for subject in subjects}
     holds = all(
         figure["overall"] >= targets.overall and _reaches(figure["in_band"], targets.in_band)
         for figure in figures.values()
     )
     lines = [
         f"  {name:10} overall {figure['overall']:.3f}, in bands {figure['in_band'] or float('nan'):.3f} "
-        f"(median of {len(figure['bands'])}, {min(figure['bands'].values(), default=float('nan')):.3f} at least)"
+        f"(median of {len(figure['bands'])}, {min(figure['bands'].values(), default=float('nan')):.3f} at least); "
+        f"coherence {figure['coherence']:.2f}"
         for name, figure in figures.items()
     ]
     scope = (
         f"{n_plans} random plans of undominated candidates, ratios of multiply-adds uniform in {RATIOS[0]} to "
-        f"{RATIOS[1]}; Spearman of the summed predicted loss and the KL to dense on {N_MEASURED} validation images "
+        f"{RATIOS[1]}; Spearman of the predicted loss, its coherence fitted to "
+        f"{N_RANDOM_PLANS} other plans, and the KL to dense on {N_MEASURED} validation images "
         f"after BatchNorm re-estimation on {N_BATCHNORM} training images; bands of {BAND:.0%} with {SMALLEST_BAND} "
         "plans or more"
     )
@@ -86,21 +92,32 @@ def spearman(first: Floats, second: Floats) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _measure(subject: Subject, n_plans: int, multiple: int) -> tuple[Floats, Floats, Floats]:
-    """Ratios of multiply-adds, predicted and measured losses of random plans, each (n_plans,)."""
+def _figures(subject: Subject, n_plans: int, multiple: int) -> dict[str, Any]:
     table = {name: _undominated(layer) for name, layer in candidates(subject, multiple, fine=False).items()}
+    model = coherence(subject, table)
+    return {**_correlations(*_measure(subject, table, model, n_plans)), "coherence": model.coherence}
+
+
+def coherence(subject: Subject, table: Candidates) -> LossModel:
+    """How losses add up in other plans than those that are judged, measured as the profile does."""
+    fitted = list(_plans(table, N_RANDOM_PLANS, FITTING_SEED))
+    return LossModel.fit([_losses(plan) for plan in fitted], [loss_of(subject, _plan(table, plan)) for plan in fitted])
+
+
+def _measure(subject: Subject, table: Candidates, loss_model: LossModel, n_plans: int) -> tuple[Floats, Floats, Floats]:
+    """Ratios of multiply-adds, predicted and measured losses of random plans, each (n_plans,)."""
     dense_macs = sum(layer[0].macs for layer in table.values())
     inputs = list(first_examples(subject.validation, N_MEASURED))
     with evaluating(subject.model):
         dense_outputs = [call_model(subject.model, batch) for batch in inputs]
     rows = []
-    for chosen in _plans(table, n_plans):
-        plan = Plan(layers={name: candidate.choice for name, candidate in zip(table, chosen, strict=True)})
+    for chosen in _plans(table, n_plans, SEED):
+        plan = _plan(table, chosen)
         model = compress(subject.model, plan, calibration=subject.calibration, factorisations=subject.factorisations)
         norms = model, subject.training, subject.model, subject.calibration, subject.loss
         reestimate_batchnorm(*norms, n_examples=N_BATCHNORM, n_held_out=N_HELD_OUT)
         measured = measured_kl(model, inputs, dense_outputs, subject.loss)
-        rows.append((sum(c.macs for c in chosen) / dense_macs, sum(c.loss for c in chosen), measured))
+        rows.append((sum(c.macs for c in chosen) / dense_macs, loss_model.predict(_losses(chosen)), measured))
         if len(rows) % TELL_EVERY == 0:
             _, predicted, losses = np.array(rows, dtype=np.float64).T
             print(
@@ -116,8 +133,16 @@ def _undominated(layer: Sequence[Candidate]) -> list[Candidate]:
     return [candidate for candidate, stays in zip(layer, non_dominated(costs), strict=True) if stays]
 
 
-def _plans(table: Candidates, n_plans: int) -> Iterator[list[Candidate]]:
-    random = np.random.default_rng(0)
+def _plan(table: Candidates, chosen: Sequence[Candidate]) -> Plan:
+    return Plan(layers={name: candidate.choice for name, candidate in zip(table, chosen, strict=True)})
+
+
+def _losses(chosen: Sequence[Candidate]) -> list[float]:
+    return [candidate.loss for candidate in chosen]
+
+
+def _plans(table: Candidates, n_plans: int, seed: int) -> Iterator[list[Candidate]]:
+    random = np.random.default_rng(seed)
     for _ in range(n_plans):
         yield random_choices(table, float(random.uniform(*RATIOS)), random)
 

@@ -15,7 +15,7 @@ from latency_networks import Network
 from numpy.typing import NDArray
 
 from ranksearch.cache import Cache
-from ranksearch.candidates import Candidate, LayerProfile, Profile, fit_latency
+from ranksearch.candidates import Candidate, LayerProfile, Profile, fit_latency, whole_plans
 from ranksearch.compression import rebuild
 from ranksearch.controls import uniform_plan
 from ranksearch.decompositions import DECOMPOSITIONS
@@ -89,7 +89,7 @@ def _predict(network: Network, runtime_name: str, mode: str, n_plans: int) -> di
         choices = _choices(network, runtime, target, cache)
         table = latency_table(network, choices, runtime, target, cache)
         timer = plan_timer(network, runtime, target, cache)
-        profile = fit_latency(table, plain_controls(network, runtime, target), timer)
+        profile = fit_latency(table, whole_plans(table, plain_controls(network, runtime, target)), timer)
         seconds = time.perf_counter() - started
         fitted = profile.latency_model
         print(
