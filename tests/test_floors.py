@@ -13,7 +13,8 @@ PACKAGE = ROOT / "ranksearch"
 # floors of the design stands on a landing (a half).
 FLOORS: dict[str, float] = {
     "errors": 0, "goals": 0.5, "intervals": 0, "pareto": 0, "retention": 0,
-    "cache": 1, "figures": 1, "latency_model": 1, "layers": 1, "plan": 1, "spec": 1, "surgery": 1, "trees": 1,
+    "cache": 1, "figures": 1, "latency_model": 1, "layers": 1, "loss_model": 1, "plan": 1, "spec": 1,
+    "surgery": 1, "trees": 1,
     "candidates": 2, "decompositions": 2, "device": 2, "home": 2, "machine": 2, "quantization": 2, "scoring": 2,
     "statistics": 2,
     "factorisations": 2.5, "refit": 2.5, "rounding": 2.5, "weights": 2.5,

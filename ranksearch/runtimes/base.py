@@ -179,9 +179,14 @@ def host_fingerprint() -> dict[str, str]:
         "system": platform.system(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "isa": isa_flags(_cpuinfo()),
+        "isa": host_isa(),
         "cores": str(os.cpu_count() or 1),
     }
+
+
+def host_isa() -> str:
+    """The processor's instruction sets that choose kernels."""
+    return isa_flags(_cpuinfo())
 
 
 def _processor() -> str:

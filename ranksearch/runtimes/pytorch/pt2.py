@@ -1,7 +1,6 @@
 """Torch programs on disk, by torch.export, and the names of the layers in them."""
 
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch.export.passes import move_to_device_pass
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
-from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, in_precision
-from ranksearch.runtimes.rounding import fix_weights
+from ranksearch.runtimes.pytorch.integers import IntegerProduct
+from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, as_computed, in_precision
 from ranksearch.runtimes.structure import leaves_of, structure_of
 from ranksearch.spec import Target
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, QuantizedLinear, QuantizedConv1d, QuantizedConv2d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, QuantizedLinear, QuantizedConv1d, QuantizedConv2d, IntegerProduct)
 # What torch.export keeps of a module's class.
 LAYER_CLASSES = {f"{kind.__module__}.{kind.__qualname__}" for kind in _LAYERS} | {"transformers.pytorch_utils.Conv1D"}
 
@@ -27,7 +26,7 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
 
     Raises MeasurementError where torch.export cannot.
     """
-    module = fix_weights(deepcopy(model).eval()).to("cpu", DTYPES.get(target.precision))
+    module = as_computed(model, target)
     inputs = in_precision(example, target)
     named = inputs if structure_of(inputs).kind == "mapping" else None
     placed = () if named else tuple(tensor.cpu() for tensor in leaves_of(inputs))

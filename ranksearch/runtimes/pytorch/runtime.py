@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from ranksearch.errors import RuntimeUnavailableError
 from ranksearch.runtimes.base import (
     FLOAT_BITS,
+    INT8_BITS,
     AbstractRuntime,
     AbstractSession,
     Bits,
     available_threads,
     float_bits,
     host_fingerprint,
+    host_isa,
 )
 from ranksearch.spec import Target
 
@@ -75,7 +77,11 @@ class TorchRuntime(AbstractRuntime):
             check_compilers(kind)
 
     def supported_bits(self, spec: "LayerSpec", target: Target) -> tuple[Bits, ...]:
-        return (FLOAT_BITS, (16, 16)) if float_bits(target) == 16 else (FLOAT_BITS,)
+        from ranksearch.runtimes.pytorch.integers import takes
+
+        integer = (INT8_BITS,) if takes(spec, "cpu" if target.device == "cpu" else "cuda", host_isa()) else ()
+        half = ((16, 16),) if float_bits(target) == 16 else ()
+        return (FLOAT_BITS, *integer, *half)
 
     def options(self, target: Target) -> dict[str, str | int]:
         from ranksearch.runtimes.pytorch.session import numerics

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
-from ranksearch.runtimes.base import AbstractSession, available_threads
+from ranksearch.runtimes.base import AbstractSession, available_threads, host_isa
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.pytorch.cuda import Accelerator, DeviceCall
 from ranksearch.runtimes.pytorch.engines import ENGINES, Engine
+from ranksearch.runtimes.pytorch.integers import IntegerProduct, integer_layers
 from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import Structure, check_shape, leaves_of, named_leaves, structure_of
 from ranksearch.spec import Target
+from ranksearch.surgery import replace_modules
 
 DTYPES: Mapping[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -101,16 +103,23 @@ class Loaded:
 
 
 def load_module(model: nn.Module, example: Any, target: Target) -> Loaded:
-    """A copy of the model in eval mode, in the target's precision."""
-    module = fix_weights(deepcopy(model).eval())
-    layers = named_layers(module)
+    """A copy of the model in eval mode, in the target's precision, its 8-bit layers as kernels compute them."""
+    module = as_computed(model, target)
+    layers = {name: module.get_submodule(name) for name in named_layers(model)}
     holders = {name: part for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))}
     return Loaded(
-        module=module.to(dtype=DTYPES.get(target.precision)),
+        module=module,
         example=in_precision(example, target),
         parts={name: type(part).__name__ for name, part in {**holders, **layers}.items()},
         layers=frozenset(layers),
     )
+
+
+def as_computed(model: nn.Module, target: Target) -> nn.Module:
+    """A copy of the model, its weights fixed; int8 products keep their steps in float32 whatever the precision."""
+    module = fix_weights(deepcopy(model).eval())
+    integer = integer_layers(module, "cpu" if target.device == "cpu" else "cuda", host_isa())
+    return replace_modules(module.to("cpu", DTYPES.get(target.precision)), integer)
 
 
 def in_precision(example: Any, target: Target) -> Any:
@@ -179,7 +188,8 @@ class TorchSession(AbstractSession):
         return sum(tensor.nbytes for tensor in self._loaded.module.state_dict().values())
 
     def _kernel(self, part: str) -> str:
-        return f"{self._loaded.parts[part]} {self._engine.word(part)}_{self._precision}"
+        kind = self._loaded.parts[part]
+        return f"{kind} {self._engine.word(part)}_{'i8' if kind == IntegerProduct.__name__ else self._precision}"
 
 
 @final
