@@ -11,7 +11,7 @@ from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.layers import LayerInfo, LayerSpec
 from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.recovery import fine_tune
+from ranksearch.recovery import recover
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge, drop_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import paired_drop
@@ -129,7 +129,7 @@ def _fine_tuned_row(bench: Workbench, dense_latency_ms: float) -> Row:
     """Dense after the trials' own fine-tuning: what of a plan's accuracy is training, not the plan."""
     spec = bench.spec
     model = copy.deepcopy(bench.model)
-    fine_tune(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
+    recover(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
     model.eval()
     row: Row = {"latency_ratio": 1.0, "latency_ms": dense_latency_ms, "bytes_ratio": 1.0}
     row |= {"model_bytes": bench.dense.model_bytes, "n_params": bench.dense.n_params, "macs": bench.dense.macs}

@@ -1,11 +1,13 @@
 """The ladder: a plan's latency and bytes, its accuracy after BatchNorm re-estimation, and after short fine-tuning."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
@@ -15,7 +17,7 @@ from ranksearch.latency import Latency
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
 from ranksearch.quantization import freeze
-from ranksearch.recovery import fine_tune, reestimate_batchnorm
+from ranksearch.recovery import Step, diverged, recover, reestimate_batchnorm
 from ranksearch.scoring import output_distance, paired_drop
 from ranksearch.spec import Objective
 from ranksearch.weights import packed_bytes
@@ -24,6 +26,7 @@ from ranksearch.workbench import Workbench, first_rows
 Rung = Literal["latency", "quick", "fine_tuned", "full"]
 
 # A trial's latency interval is as narrow as this, or what these seconds give; the front is measured again at length.
+MAX_CURVE_POINTS = 40
 N_LATENCY_BLOCKS, NARROW, MAX_LATENCY_SECONDS = 12, 0.02, 1.0
 
 FRONT_COLUMNS = (
@@ -40,7 +43,8 @@ class Evaluation(BaseModel):
 
     Drops are dense minus plan in score units, ratios plan over dense, intervals at 95 %. What a stopped plan did
     not reach is None. `stayed_float` names the 8- and 4-bit layers that the runtime does not compute so, with the
-    kernel that runs each. `seconds` says where the time went, by step.
+    kernel that runs each. `learning_curve` are mean losses along the fine-tuning, which `diverged` where it ended early
+    with a number that was not finite. `seconds` says where the time went, by step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +69,8 @@ class Evaluation(BaseModel):
     macs: int
     predicted_loss: float | None = None
     stayed_float: dict[str, str] = Field(default_factory=dict)
+    learning_curve: tuple[float, ...] = ()
+    diverged: bool = False
     seconds: dict[str, float]
 
     @property
@@ -96,7 +102,7 @@ class Evaluator:
     never_stopped: frozenset[str] = frozenset()
     keep: Callable[[Plan, nn.Module], None] = lambda _plan, _model: None
     should_abort: Callable[[], bool] = lambda: False
-    on_step: Callable[[int, int, float], None] | None = None
+    on_step: Callable[[Step], None] = lambda _step: None
     max_latency_seconds: float = MAX_LATENCY_SECONDS
     clock: Callable[[], float] = time.perf_counter
 
@@ -116,11 +122,19 @@ class Evaluator:
             return Evaluation(**figures, **self._dense_accuracy(), rung="fine_tuned", seconds=seconds)
         model, quick_drop = self._fit(plan, seconds)
         with self._timed(seconds, "fine_tune"):
-            self._fine_tune(model)
+            losses = self._fine_tune(model)
         with self._timed(seconds, "validate"):
             accuracy = self._accuracy(model)
         self._keep(plan, model, seconds)
-        return Evaluation(**figures, **accuracy, rung="fine_tuned", quick_drop=quick_drop, seconds=seconds)
+        return Evaluation(
+            **figures,
+            **accuracy,
+            rung="fine_tuned",
+            quick_drop=quick_drop,
+            learning_curve=_curve(losses),
+            diverged=diverged(losses),
+            seconds=seconds,
+        )
 
     def _keep(self, plan: Plan, model: nn.Module, seconds: dict[str, float]) -> None:
         with self._timed(seconds, "store"):
@@ -178,10 +192,10 @@ class Evaluator:
             quick_drop = self._accuracy(model)["accuracy_drop"]
         return model, quick_drop
 
-    def _fine_tune(self, model: nn.Module) -> None:
-        """Short distillation from dense, in place; afterwards ranges are set anew and weights put on their grid."""
+    def _fine_tune(self, model: nn.Module) -> list[float]:
+        """Short training, in place, and its losses; afterwards ranges are set anew and weights put on their grid."""
         bench, spec = self.bench, self.bench.spec
-        fine_tune(
+        losses = recover(
             model,
             bench.model,
             bench.train,
@@ -194,6 +208,7 @@ class Evaluator:
         model.eval()
         calibrate_ranges(model, bench.calibration)
         freeze(model)
+        return losses
 
     def _accuracy(self, model: nn.Module) -> dict[str, Any]:
         bench, spec = self.bench, self.bench.spec
@@ -220,6 +235,13 @@ class Evaluator:
         if self.should_abort():
             raise KeyboardInterrupt
         seconds[step] = seconds.get(step, 0.0) + self.clock() - start
+
+
+def _curve(losses: Sequence[float]) -> tuple[float, ...]:
+    """The mean losses of equal stretches of the training, in order; what is not finite left out."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    stretches = np.array_split(finite, max(1, min(len(finite), MAX_CURVE_POINTS)))
+    return tuple(float(np.mean(stretch)) for stretch in stretches if len(stretch))
 
 
 def latency_columns(latency: Latency, dense_latency_ms: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ranksearch.cache import content_hash
 from ranksearch.candidates import Profile
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.plan import Plan
-from ranksearch.spec import CorpusScore
+from ranksearch.spec import CorpusScore, Recovery
 from ranksearch.trees import tensors
 from ranksearch.workbench import Workbench
 
@@ -27,11 +28,18 @@ def study_identity(bench: Workbench, profile: Profile) -> dict[str, str]:
         "target": content_hash(repr(spec.target)),
         "space": content_hash(repr(spec.space)),
         "objectives": ", ".join(spec.objectives),
-        "recovery": content_hash(repr(spec.recovery)),
+        "recovery": _recovery_identity(spec.recovery),
         "loss": function_identity(spec.loss),
         "score": function_identity(spec.score),
         "candidate table": profile.hash(),
     }
+
+
+def _recovery_identity(recovery: Recovery) -> str:
+    """A hash of its settings; functions of the user's by name and source, since their repr is an address."""
+    functions = {f.name: value for f in fields(recovery) if callable(value := getattr(recovery, f.name))}
+    settings = {f.name: repr(getattr(recovery, f.name)) for f in fields(recovery) if f.name not in functions}
+    return content_hash(settings, {name: function_identity(value) for name, value in functions.items()})
 
 
 def profile_identity(bench: Workbench, controls: Sequence[Plan]) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ranksearch.errors import StudyError
 from ranksearch.goals import Limit, parse_drop, parse_latency, parse_size
@@ -17,6 +17,8 @@ Batches = Iterable[tuple[Any, Any]]
 Objective = Literal["drop", "latency", "bytes"]
 OBJECTIVES: tuple[Objective, ...] = ("drop", "latency", "bytes")
 WEIGHT_BITS = (32, 16, 8, 4)
+OptimizerName = Literal["sgd", "adamw"]
+ScheduleName = Literal["one_cycle", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,20 +181,63 @@ def tied_layers(ties: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[tu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recovery:
-    """The short fine-tuning of every trial: a budget in `epochs` or in `steps` (which wins), on `device`."""
+class Budget:
+    """How long to train: in `steps` or `epochs`, and no longer than `seconds`; None bounds nothing."""
 
-    epochs: float = 1.0
+    epochs: float | None
+    steps: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovery:
+    """The short fine-tuning of every trial, on `device`.
+
+    The budget is in `epochs` or in `steps` (which wins), and ends after `seconds` where given; one epoch unless told.
+    The loss is the task's and, of it, the share `distillation` towards the dense model's outputs, by
+    `distillation_loss` (outputs, dense outputs) or what suits the task's loss; `layer_outputs` weighs how far the
+    outputs of compressed layers are from dense's. `weight_decay` is on the product of a layer's factors.
+    `optimizer` is sgd or adamw, `schedule` one_cycle or cosine. `fine_tune` (model, budget) trains instead, in place.
+    """
+
+    epochs: float | None = None
     steps: int | None = None
+    seconds: float | None = None
     learning_rate: float = 0.02
+    optimizer: OptimizerName = "sgd"
+    schedule: ScheduleName = "one_cycle"
+    weight_decay: float = 1e-4
+    distillation: float = 0.5
+    distillation_loss: Callable[[Any, Any], Any] | None = None
+    layer_outputs: float = 0.0
     device: str = "cpu"
+    fine_tune: Callable[[Any, Budget], Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or (self.steps is not None and self.steps < 0) or self.learning_rate <= 0:
-            raise StudyError(
-                f"Recovery(epochs={self.epochs}, steps={self.steps}, learning_rate={self.learning_rate}): "
-                "budgets must not be negative and the learning rate must be positive"
+        if self.epochs is None and self.steps is None and self.seconds is None:
+            object.__setattr__(self, "epochs", 1.0)
+        wrong = [
+            f"{name}={value!r} must {demand}"
+            for name, value, holds, demand in (
+                *((n, v, v is None or v >= 0, "not be negative") for n, v in self._amounts().items()),
+                ("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive"),
+                ("distillation", self.distillation, 0 <= self.distillation <= 1, "be a share from 0 to 1"),
+                ("optimizer", self.optimizer, self.optimizer in get_args(OptimizerName), "be sgd or adamw"),
+                ("schedule", self.schedule, self.schedule in get_args(ScheduleName), "be one_cycle or cosine"),
             )
+            if not holds
+        ]
+        if wrong:
+            raise StudyError(f"Recovery: {'; '.join(wrong)}")
+
+    def _amounts(self) -> dict[str, float | None]:
+        names = "epochs", "steps", "seconds", "weight_decay", "layer_outputs"
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def budget(self) -> Budget:
+        """How long to train."""
+        return Budget(epochs=self.epochs, steps=self.steps, seconds=self.seconds)
 
 
 @dataclass(frozen=True, slots=True)

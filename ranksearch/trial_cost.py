@@ -1,6 +1,7 @@
 """What a trial of a study costs, from one plan taken through every stage with two steps of fine-tuning."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,7 +38,8 @@ def estimate(study: StudySpec) -> TrialCost:
     _, plan = control_plans(bench)[-1]
     seconds = evaluator.evaluate(plan).seconds
     per_step = seconds.get("fine_tune", 0.0) / N_STEPS
-    fine_tuning_s = per_step * count_steps(bench.train, study.recovery)
+    n_steps, most = count_steps(bench.train, study.recovery), study.recovery.seconds or math.inf
+    fine_tuning_s = most if n_steps is None else min(per_step * n_steps, most)
     others = sum(duration for step, duration in seconds.items() if step != "fine_tune")
     return TrialCost(
         dense_score=bench.dense.scores.value,

@@ -137,10 +137,20 @@ def test_a_target_refuses_what_no_runtime_can_take(settings: dict[str, Any], mes
     assert Target(threads=None, batch_size=32).threads is None
 
 
-@pytest.mark.parametrize("settings", [{"epochs": -1.0}, {"steps": -1}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize("settings", [{"epochs": -1.0}, {"steps": -1}, {"learning_rate": 0.0}, {"seconds": -1.0}])
 def test_recovery_refuses_senseless_budgets(settings: dict[str, Any]) -> None:
-    with pytest.raises(StudyError, match="budgets must not be negative"):
+    with pytest.raises(StudyError, match="must (not be negative|be positive)"):
         Recovery(**settings)
+
+
+def test_recovery_names_what_it_does_not_know() -> None:
+    with pytest.raises(
+        StudyError, match="optimizer='adam' must be sgd or adamw; schedule='linear' must be one_cycle or"
+    ):
+        Recovery(optimizer="adam", schedule="linear")  # type: ignore[arg-type]
+    with pytest.raises(StudyError, match="distillation=2 must be a share from 0 to 1"):
+        Recovery(distillation=2)
+    assert Recovery().epochs == 1.0 and Recovery(steps=3).epochs is None and Recovery(seconds=3).epochs is None
 
 
 def study_with(**changes: Any) -> StudySpec:
