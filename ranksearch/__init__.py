@@ -33,6 +33,7 @@ _HOMES = {
     "save": "export",
     "SearchResult": "search_result",
     "evaluate": "run",
+    "finish": "full_training",
     "profile": "run",
     "search": "run",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "compress",
     "corpus_score",
     "evaluate",
+    "finish",
     "load",
     "measure_latency",
     "profile",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
         StudyError,
     )
     from ranksearch.export import load, save
+    from ranksearch.full_training import finish
     from ranksearch.latency import measure_latency
     from ranksearch.plan import LayerChoice, Plan
     from ranksearch.run import evaluate, profile, search

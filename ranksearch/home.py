@@ -20,7 +20,8 @@ class StudyHome:
 
     `study.json` holds the script's path and the target's fingerprint, `journal.log` the trials,
     `candidates.json` the candidate table, `controls.json` what a user has without a search,
-    `remeasured.json` the front on test data; `plans/` holds weights and artefact of each finished plan.
+    `remeasured.json` the front on test data; `plans/` holds weights and artefact of each finished plan. `full.json`
+    and `full/` are of those that were trained in full.
     """
 
     directory: Path
@@ -52,6 +53,14 @@ class StudyHome:
     @property
     def plans(self) -> Path:
         return self.directory / "plans"
+
+    @property
+    def full(self) -> Path:
+        return self.directory / "full.json"
+
+    def fully_trained(self, plan_hash: str) -> Path:
+        """The folder of one plan that was trained in full."""
+        return self.directory / "full" / plan_hash
 
     def plan(self, plan_hash: str) -> Path:
         """The folder of one plan: its weights, its artefact and what was measured."""

@@ -8,6 +8,7 @@ from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import ResolvedLimits, TrialRecord, beaten_by, front
 from ranksearch.plan import Plan
+from ranksearch.recovery import Step
 from ranksearch.results import Row, gapped_trials, study_hypervolume, trial_rows
 from ranksearch.retention import keep_within
 from ranksearch.session import Session
@@ -32,6 +33,9 @@ class Progress(Protocol):
     def trial_started(self, number: int, plan: Plan, origin: str) -> None:
         """A plan is about to be evaluated."""
 
+    def trained(self, step: Step) -> None:
+        """A step of fine-tuning has ended."""
+
     def trial_ended(self, record: TrialRecord, row: Row | None) -> None:
         """A trial was stored; a failed one has no row."""
 
@@ -49,6 +53,9 @@ class Silent:
         pass
 
     def trial_started(self, number: int, plan: Plan, origin: str) -> None:
+        pass
+
+    def trained(self, step: Step) -> None:
         pass
 
     def trial_ended(self, record: TrialRecord, row: Row | None) -> None:
@@ -113,6 +120,7 @@ class Listener:
             state=record.state.upper(),
             reason=record.evaluation.stopped,
             extra_metrics=_extra_metrics(record.evaluation),
+            learning_curve=record.evaluation.learning_curve,
         )
 
     def finish(self, status: str) -> None:
@@ -166,6 +174,8 @@ def _extra_metrics(evaluation: Evaluation) -> dict[str, float]:
         value = getattr(evaluation, name)
         if value is not None:
             metrics[name] = value
+    if evaluation.diverged:
+        metrics["diverged"] = 1.0
     if evaluation.stayed_float:
         metrics["layers_stayed_float"] = float(len(evaluation.stayed_float))
     return metrics

@@ -250,6 +250,7 @@ def _evaluator(
         never_stopped=frozenset(plan.hash() for _, plan in session.controls),
         keep=lambda plan, model: write_bundle(bench, plan, model, listener.home.plan(plan.hash())),
         should_abort=should_abort,
+        on_step=listener.told.trained,
     )
 
 

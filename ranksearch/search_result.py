@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class SearchResult:
     """What a study found. `rows` hold every evaluated plan, `controls` the records beside the trials.
 
-    `gapped` are trials that are off the front, since the runtime scores them otherwise than torch.
+    `gapped` are trials that are off the front, since the runtime scores them otherwise than torch; `full` are the
+    records of plans that were trained in full.
     """
 
     home: StudyHome
@@ -33,6 +34,7 @@ class SearchResult:
     plans: Mapping[int, Plan]
     limits: ResolvedLimits
     gapped: Sequence[int] = ()
+    full: Sequence[Row] = ()
     stopped_early: bool = False
     pareto_url: str | None = None
 
@@ -77,6 +79,7 @@ def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
         plans={record.number: record.plan for record in history},
         limits=limits,
         gapped=gapped_trials(history, remeasured),
+        full=list(read_json(home.full).values()),
     )
 
 
@@ -94,19 +97,24 @@ def export_plan(
     """Writes the chosen trial's export folder; gives its row, and a sentence on why and how sure it is.
 
     Without `trial` or `run_id` the plan with the least `minimize` is chosen that meets `goals`, or the study's own
-    where none is given. Raises StudyError where there is no such plan, or its weights are gone.
+    where none is given. One that was trained in full is exported so. Raises StudyError where there is no such plan, or
+    its weights are gone.
     """
     result = read_result(home, storage)
     if goals.limits():
         result = _with_goals(result, goals)
     row, note = _chosen(result, minimize, trial, run_id)
     plan = result.plans[row["trial"]]
-    if not _has_weights(home, plan):
+    trained = next((record for record in result.full if record["trial"] == row["trial"]), None)
+    bundle = home.plan(plan.hash()) if trained is None else home.fully_trained(plan.hash())
+    if trained is not None:
+        row, note = trained, f"{note} Its weights are those of its full training."
+    if not (bundle / PLAN).is_file():
         raise StudyError(f"the weights of trial {row['trial']} are gone; {_nearest(result, row)}")
     record = read_json(home.study)
     provenance = Provenance(study=record["name"], trial=row["trial"], seed=record.get("seed"))
     measured = {name: row[name] for name in FRONT_COLUMNS} | {"dense_latency_ms": record["dense_latency_ms"]}
-    export_bundle(home.plan(plan.hash()), destination, measured, _report(result, row, plan, record), provenance, force)
+    export_bundle(bundle, destination, measured, _report(result, row, plan, bundle, record), provenance, force)
     return row, note + _test_note(result, row)
 
 
@@ -155,8 +163,7 @@ def read_profile(home: StudyHome) -> Profile:
     return Profile.from_json(home.candidates.read_text(encoding="utf-8"), source=str(home.candidates))
 
 
-def _report(result: SearchResult, row: Row, plan: Plan, record: Mapping[str, Any]) -> str:
-    bundle = result.home.plan(plan.hash())
+def _report(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Mapping[str, Any]) -> str:
     script = record.get("script") or "STUDY.py"
     written = Plan.read(bundle / PLAN).provenance or Provenance()
     return export_report(
@@ -197,10 +204,6 @@ def _chosen(result: SearchResult, minimize: str, trial: int | None, run_id: str 
                 raise StudyError(f"{wanted} was stopped before it was trained; export another")
             return row, f"Chosen by its number; {'it meets' if row['feasible'] else 'it does not meet'} the goals."
     raise StudyError(f"there is no {wanted} with values; `ranksearch front --all` lists them")
-
-
-def _has_weights(home: StudyHome, plan: Plan) -> bool:
-    return (home.plan(plan.hash()) / PLAN).is_file()
 
 
 def _nearest(result: SearchResult, row: Row) -> str:

@@ -272,7 +272,7 @@ def test_factors_are_balanced_and_their_product_decays():
     norms = {decay: float(chain_norm(tuple(student[4])).detach()) for decay, student in tuned.items()}
     assert norms[0.3] < 0.8 * norms[0.0]
     ratio = float((tuned[0.3][4][0].weight.norm() / tuned[0.3][4][1].weight.norm()).detach())
-    assert ratio == pytest.approx(1.0, abs=0.1)
+    assert 1 / 1.4 < ratio < 1.4
 
 
 @pytest.mark.parametrize("rate", [None, 0.1])
@@ -300,7 +300,12 @@ def test_layers_outputs_are_distilled_where_asked():
     for weight, less in ((0.0, 1.0), (5.0, 0.5)):
         student = copy.deepcopy(model)
         budget = Recovery(steps=30, learning_rate=0.05, layer_outputs=weight)
-        assert not diverged(fine_tune(student, trained(), train_batches(), F.cross_entropy, budget, seed=0))
+        noting = []
+        losses = fine_tune(
+            student, trained(), train_batches(), F.cross_entropy, budget, seed=0,
+            on_step=lambda _step, layer=student[4], noting=noting: noting.append(bool(layer._forward_hooks)),
+        )  # fmt: skip
+        assert not diverged(losses) and set(noting) == {weight > 0}, "outputs are held only where they are used"
         with LayerOutputs(student, trained()) as layers, evaluating(student), evaluating(trained()):
             call_model(student, images), call_model(trained(), images)
             assert weight == 0 or float(layers.distance()) < less * start

@@ -129,6 +129,34 @@ def run_command(
     )
 
 
+@app.command("finish")
+def finish_command(
+    script: Script,
+    trial: Annotated[int, typer.Option("--trial", help="The trial whose plan is trained.")] = ...,  # type: ignore[assignment]
+    epochs: Annotated[float, typer.Option(help="How long to train.")] = 30.0,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="The largest of the schedule; default: the study's.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+    tracking_uri: TrackingUri = None,
+    grace: Annotated[str, typer.Option(help="How long a stopped training may take to end.")] = "0s",
+) -> None:
+    """Train a chosen plan in full; exports of the trial take its weights from then on."""
+    from ranksearch.cli.searching import finish_trial
+
+    finish_trial(
+        script,
+        trial,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        home=home,
+        storage=storage,
+        tracking_uri=tracking_uri,
+        grace_s=duration_s(grace, "--grace"),
+    )
+
+
 @app.command("evaluate")
 def evaluate_command(
     script: Script, plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan of your own.")]

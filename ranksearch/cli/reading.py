@@ -26,7 +26,8 @@ def show_front(
     from ranksearch.search_result import read_result
 
     place = study_home(script, name, home)
-    rows = [row for row in read_result(place, storage).rows if every or row["pareto"]]
+    result = read_result(place, storage)
+    rows = [*result.rows, *result.full] if every else [row for row in result.rows if row["pareto"]]
     _FORMATS[format](sorted(rows, key=lambda row: row["latency_ratio"]), place.name, every)
 
 

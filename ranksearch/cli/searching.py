@@ -13,6 +13,7 @@ from ranksearch.cli.reading import export_choice, verify_export
 from ranksearch.cli.stopping import StopSignals
 from ranksearch.cli.terminal import Terminal, duration, err, print_controls, print_front, print_gaps, print_table, say
 from ranksearch.errors import StudyError
+from ranksearch.home import StudyHome
 from ranksearch.spec import StudySpec, load_study
 
 if TYPE_CHECKING:
@@ -76,6 +77,29 @@ def run_study(script: Path, *, goals: Options, overrides: Options, **options: An
     study = dataclasses.replace(study, goals=dataclasses.replace(study.goals, **given))
     study = dataclasses.replace(study, **{key: value for key, value in overrides.items() if value is not None})
     _search(study, script, **options)
+
+
+def finish_trial(
+    script: Path, trial: int, *, epochs: float, learning_rate: float | None, grace_s: float, home: Path,
+    storage: str | None, tracking_uri: str | None,
+) -> None:  # fmt: skip
+    """Full training of a trial's plan."""
+    from ranksearch.full_training import finish
+    from ranksearch.search_result import read_result
+
+    study = load_study(script)
+    with StopSignals(grace_s) as stop, Terminal(None) as terminal:
+        try:
+            row = finish(
+                study, trial, epochs=epochs, learning_rate=learning_rate, home=home, storage=storage,
+                tracking_uri=tracking_uri, progress=terminal, should_abort=stop.overdue,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            err.print("stopped; nothing was recorded")
+            raise typer.Exit(EXIT_STOPPED) from None
+    before = [r for r in read_result(StudyHome(home / study.name), storage).rows if r["trial"] == trial]
+    print_front([*before, row], title=f"{study.name}: trial {trial}, and trained for {epochs:g} epochs")
+    say(f"ranksearch export{typed(study=study.name, trial=trial, home=home, storage=storage)} -o {study.name}-{trial}")
 
 
 def evaluate_plan(script: Path, plan_file: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ranksearch.home import StudyHome
     from ranksearch.optimization import TrialRecord
     from ranksearch.plan import Plan
+    from ranksearch.recovery import Step
     from ranksearch.workbench import Workbench
 
 Row = Mapping[str, Any]
@@ -29,6 +30,7 @@ Row = Mapping[str, Any]
 FILE_WIDTH = 120
 # Below this the plans get lines of their own.
 WIDE = 100
+TELL_EVERY_S = 60.0
 
 
 def _console(stderr: bool) -> Console:
@@ -65,6 +67,7 @@ class Terminal:
         self._seconds: list[float] = []
         self._started = time.monotonic()
         self._best: Row | None = None
+        self._stage, self._percent, self._told_at = "starting", 0, self._started
 
     def __enter__(self) -> "Terminal":
         self._progress.start()
@@ -75,6 +78,7 @@ class Terminal:
 
     def stage(self, text: str) -> None:
         """Shows what is being done."""
+        self._stage, self._told_at = text, time.monotonic()
         self._progress.update(self._task, description=text)
         if not self._interactive:
             say(text)
@@ -94,7 +98,19 @@ class Terminal:
     def trial_started(self, number: int, plan: "Plan", origin: str) -> None:
         """Shows the trial that runs."""
         self._started = time.monotonic()
-        self._progress.update(self._task, description=f"trial {number} ({origin})")
+        self._stage = f"trial {number} ({origin})"
+        self._told_at = self._started
+        self._progress.update(self._task, description=self._stage)
+
+    def trained(self, step: "Step") -> None:
+        """Shows how far the fine-tuning is: at every percent, or every minute where there is no terminal."""
+        percent, now = int(100 * step.share), time.monotonic()
+        if self._interactive and percent != self._percent:
+            self._progress.update(self._task, description=f"{self._stage}, fine-tuning {percent} %")
+        elif not self._interactive and now - self._told_at >= TELL_EVERY_S:
+            self._told_at = now
+            self._say(f"{self._stage}: fine-tuning {percent} %, loss {step.loss:.3g}")
+        self._percent = percent
 
     def trial_ended(self, record: "TrialRecord", row: Row | None) -> None:
         """Counts the trial, and shows the best feasible plan so far and the time left."""
@@ -135,11 +151,11 @@ def print_front(rows: Sequence[Row], title: str) -> None:
     table.caption, table.caption_justify = _legend(rows), "left"
     for row in ordered:
         cells = [_drop(row, "", unit), _drop(row, "test_", unit), *(show(row) for show in _FIGURES.values())]
-        table.add_row(str(row["trial"]), *cells, _goals(row), *([_plan(row)] if wide else []))
+        table.add_row(_number(row), *cells, _goals(row), *([_plan(row)] if wide else []))
     out.print(table)
     if not wide:
         for row in ordered:
-            say(f"trial {row['trial']}: {_plan(row)}")
+            say(f"trial {_number(row)}: {_plan(row)}")
 
 
 def print_gaps(gapped: Sequence[int]) -> None:
@@ -205,6 +221,11 @@ def _table(columns: Sequence[str], title: str) -> Table:
         text = name in _TEXT_COLUMNS or name.startswith("trial ")
         table.add_column(name, justify="left" if text else "right", no_wrap=name not in _WRAPPED_COLUMNS)
     return table
+
+
+def _number(row: Row) -> str:
+    """The trial's number, and whether it was trained in full."""
+    return f"{row['trial']}, full" if row["rung"] == "full" else str(row["trial"])
 
 
 def _plan(row: Row) -> str:

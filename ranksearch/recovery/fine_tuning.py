@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +78,10 @@ def fine_tune(
     # A teacher that is the student itself, or lies on another device, is copied: the user's model is never changed.
     if teacher is model or any(p.device != device for p in teacher.parameters()):
         teacher = copy.deepcopy(teacher).to(device)
-    with seeded(seed, device), in_training(model, device), LayerOutputs(model, teacher) as layers:
-        trainer = Trainer(model, teacher, loss, recovery, layers if recovery.layer_outputs else None, autocast)
+    # What layers give is held in memory: noted only where it is asked for.
+    noted = LayerOutputs(model, teacher) if recovery.layer_outputs else nullcontext()
+    with seeded(seed, device), in_training(model, device), noted as layers:
+        trainer = Trainer(model, teacher, loss, recovery, layers, autocast)
         spending = Spending(n_steps=n_steps, seconds=recovery.seconds, clock=clock, started=clock())
         losses: list[float] = []
         for inputs, targets in endless(batches):

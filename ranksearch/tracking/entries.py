@@ -1,7 +1,7 @@
 """What is written of a trial: its entry, and the tags and metrics that its row of the front becomes."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ STATUSES = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED"}
 COLOURS = {"front": "#e3720b", "dense": "#111111", "control": "#1f6fd1", "trial": "#b9c3cf"}
 # MLflow cuts longer values off: names at 250 characters, notes at 8000.
 NAME_LENGTH, NOTE_LENGTH, TAG_LENGTH = 250, 7900, 4900
+LOSS_METRIC = "fine_tuning_loss"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,7 @@ class Entry:
     state: str
     reason: str | None
     extra_metrics: Mapping[str, float]
+    learning_curve: Sequence[float] = ()
 
 
 @dataclass(slots=True)
@@ -105,6 +107,11 @@ def to_metrics(values: Mapping[str, float], step: int) -> "list[Metric]":
 
     now_ms = int(time.time() * 1000)
     return [Metric(key, value, now_ms, step) for key, value in values.items()]
+
+
+def curve_metrics(losses: Sequence[float]) -> "list[Metric]":
+    """A trial's losses along its fine-tuning, for MLflow to draw."""
+    return [metric for step, loss in enumerate(losses) for metric in to_metrics({LOSS_METRIC: loss}, step)]
 
 
 def plain_cell(row: Row, column: str) -> object:

@@ -20,6 +20,7 @@ from ranksearch.tracking.entries import (
     TAG_LENGTH,
     ChildRun,
     Entry,
+    curve_metrics,
     first_tags,
     plain_cell,
     row_metrics,
@@ -124,10 +125,11 @@ class Tracker:
         state: str = "COMPLETE",
         reason: str | None = None,
         extra_metrics: Mapping[str, float] | None = None,
+        learning_curve: Sequence[float] = (),
     ) -> str | None:
         """Writes a trial's row; of one written before only what differs. Gives its run's id, if there is one.
 
-        `state` is Optuna's: COMPLETE, PRUNED or FAIL.
+        `state` is Optuna's: COMPLETE, PRUNED or FAIL. The learning curve is written once, as the run ends.
         """
         entry = Entry(
             key=trial_key(number, plan),
@@ -137,6 +139,7 @@ class Tracker:
             state=state,
             reason=reason,
             extra_metrics=extra_metrics or {},
+            learning_curve=learning_curve,
         )
         return self._write(entry)
 
@@ -145,12 +148,29 @@ class Tracker:
         row = {"trial": number, "origin": origin} if origin else {"trial": number}
         return self.trial_finished(number, plan, row, state="FAIL", reason=reason)
 
-    def control_finished(self, name: str, row: Row, plan: Plan | None = None) -> str | None:
+    def control_finished(self, name: str, row: Row) -> str | None:
         """Writes a control that is no trial, such as the runtime's own int8; the same name again updates it."""
-        key = ("control", name)
-        origin = str(row.get("origin", "control"))
+        return self._record(("control", name), None, row)
+
+    def plan_trained(self, plan: Plan, row: Row, learning_curve: Sequence[float]) -> str | None:
+        """Writes the record of a trial's plan that was trained in full; the same plan again updates it."""
+        return self._record(("full", plan.hash()), plan, row, learning_curve)
+
+    def _record(
+        self, key: tuple[str, str], plan: Plan | None, row: Row, learning_curve: Sequence[float] = ()
+    ) -> str | None:
+        """Writes what is no trial."""
         return self._write(
-            Entry(key=key, plan=plan, origin=origin, row=row, state="COMPLETE", reason=None, extra_metrics={})
+            Entry(
+                key=key,
+                plan=plan,
+                origin=str(row.get("origin", key[0])),
+                row=row,
+                state="COMPLETE",
+                reason=None,
+                extra_metrics={},
+                learning_curve=learning_curve,
+            )
         )
 
     def update_front(self, rows: Sequence[Row], hypervolume: float, step: int) -> None:
@@ -202,6 +222,8 @@ class Tracker:
             tags[PREFIX + "reason"] = shorten(entry.reason or "", TAG_LENGTH)
         self._change(child, tags, row_metrics(entry.row) | dict(entry.extra_metrics))
         if not child.ended:
+            if entry.learning_curve:
+                self._client.log_batch(child.run_id, metrics=curve_metrics(entry.learning_curve))
             self._client.set_terminated(child.run_id, status=STATUSES[entry.state])
             child.ended = True
 
