@@ -18,6 +18,7 @@ _HOMES = {
     "Plan": "plan",
     "Data": "spec",
     "Goals": "spec",
+    "NuclearNorm": "spec",
     "Recovery": "spec",
     "Space": "spec",
     "StudySpec": "spec",
@@ -45,6 +46,7 @@ __all__ = [
     "LayerChoice",
     "MeasurementError",
     "NoPlanError",
+    "NuclearNorm",
     "Plan",
     "PlanError",
     "RankSearchError",
@@ -91,7 +93,7 @@ if TYPE_CHECKING:
     from ranksearch.runtimes import register_runtime
     from ranksearch.scoring import top1
     from ranksearch.search_result import SearchResult
-    from ranksearch.spec import Data, Goals, Recovery, Space, StudySpec, Target, corpus_score
+    from ranksearch.spec import Data, Goals, NuclearNorm, Recovery, Space, StudySpec, Target, corpus_score
 
 
 def __getattr__(name: str) -> Any:

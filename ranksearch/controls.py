@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import FRONT_COLUMNS
@@ -114,6 +116,8 @@ def _records(bench: Workbench, dense_latency_ms: float, max_seconds: float) -> I
     yield f"dense at {target.runtime}'s default precision", default_precision
     yield f"int8 by {target.runtime}'s own quantizer", own_int8
     yield "dense with the same fine-tuning", lambda: _fine_tuned_row(bench, dense_latency_ms)
+    if bench.source is not bench.model:
+        yield "dense as prepared", lambda: _dense_row(bench, bench.source, dense_latency_ms)
 
 
 def _session_row(judge: Judge, session: AbstractSession, dense_latency_ms: float, model_bytes: int) -> Row:
@@ -130,7 +134,12 @@ def _fine_tuned_row(bench: Workbench, dense_latency_ms: float) -> Row:
     spec = bench.spec
     model = copy.deepcopy(bench.model)
     recover(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
-    model.eval()
+    return _dense_row(bench, model.eval(), dense_latency_ms)
+
+
+def _dense_row(bench: Workbench, model: nn.Module, dense_latency_ms: float) -> Row:
+    """A model that is dense but for its weights: what they score."""
+    spec = bench.spec
     row: Row = {"latency_ratio": 1.0, "latency_ms": dense_latency_ms, "bytes_ratio": 1.0}
     row |= {"model_bytes": bench.dense.model_bytes, "n_params": bench.dense.n_params, "macs": bench.dense.macs}
     for split, prefix in (("validation", ""), ("test", "test_")):

@@ -180,7 +180,7 @@ class Evaluator:
         bench = self.bench
         with self._timed(seconds, "compress"):
             model = compress(
-                bench.model,
+                bench.source,
                 plan,
                 calibration=bench.calibration,
                 factorisations=self.factorisations,

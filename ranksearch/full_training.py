@@ -47,7 +47,7 @@ def finish(
     recovery = replace(study.recovery, epochs=epochs, steps=None, seconds=None, learning_rate=rate)
     with coordinator_lock(place.directory, around=True):
         told.stage("loading model and data")
-        bench = open_workbench(replace(study, recovery=recovery))
+        bench = open_workbench(replace(study, recovery=recovery), told.trained)
         session = prepare(bench, place, told.stage)
         told.stage(f"training trial {trial} for {epochs:g} epochs")
         row, curve = _trained(bench, session, plan, place, told, should_abort)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ranksearch.cache import content_hash
 from ranksearch.candidates import Profile
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.plan import Plan
 from ranksearch.spec import CorpusScore, Recovery
-from ranksearch.trees import tensors
+from ranksearch.trees import tensor_bytes, tensors
 from ranksearch.workbench import Workbench
 
 
@@ -23,7 +23,7 @@ def study_identity(bench: Workbench, profile: Profile) -> dict[str, str]:
     """Hashes of model, data, target, space, objectives, recovery, loss, score and candidate table, by their names."""
     spec = bench.spec
     return {
-        "model": content_hash(*_model_parts(bench)),
+        "model": content_hash(*_model_parts(bench.model)),
         "data": content_hash(*_data_parts(bench)),
         "target": content_hash(repr(spec.target)),
         "space": content_hash(repr(spec.space)),
@@ -53,7 +53,7 @@ def profile_identity(bench: Workbench, controls: Sequence[Plan]) -> str:
         bench.runtime.fingerprint(spec.target),
         repr(spec.target),
         repr(bench.model),
-        [*_model_parts(bench), *calibration, *methods],
+        [*_model_parts(bench.source), *calibration, *methods],
         [repr(spec.space), spec.objectives, function_identity(spec.loss), spec.seed],
         [plan.hash() for plan in controls],
     )
@@ -74,9 +74,9 @@ def function_identity(function: Any) -> str:
     return f"{name} {content_hash(source)[:12]}"
 
 
-def _model_parts(bench: Workbench) -> list[str]:
-    """Names and hashes of the dense model's parameters and buffers."""
-    return [f"{name} {_tensor_hash(tensor)}" for name, tensor in bench.model.state_dict().items()]
+def _model_parts(model: nn.Module) -> list[str]:
+    """Names and hashes of the model's parameters and buffers."""
+    return [f"{name} {_tensor_hash(tensor)}" for name, tensor in model.state_dict().items()]
 
 
 def _data_parts(bench: Workbench) -> list[str]:
@@ -85,6 +85,4 @@ def _data_parts(bench: Workbench) -> list[str]:
 
 
 def _tensor_hash(tensor: Tensor) -> str:
-    # As bytes, since numpy knows no bfloat16.
-    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return content_hash(str(tensor.dtype), list(tensor.shape), data)
+    return content_hash(str(tensor.dtype), list(tensor.shape), tensor_bytes(tensor))

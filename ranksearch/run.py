@@ -73,7 +73,7 @@ def search(
     place = StudyHome(Path(home) / study.name)
     with coordinator_lock(place.directory, around=True), other_cores(study.target):
         told.stage("loading model and data")
-        bench = open_workbench(study)
+        bench = open_workbench(study, told.trained)
         # Units that do not fit the score are told of now, whatever the latency will be.
         resolve_goals(study.goals, bench.dense.scores.value, 1.0, bench.dense.model_bytes)
         if new:

@@ -16,7 +16,7 @@ from ranksearch.errors import StudyError
 from ranksearch.intervals import bootstrap_interval, flips_interval, mean_interval
 from ranksearch.layers import call_model, evaluating
 from ranksearch.spec import Batches, CorpusScore, Score
-from ranksearch.trees import concatenate, count_rows, is_classification, map_tensors, pick_rows, tensors
+from ranksearch.trees import concatenate, count_rows, is_classification, map_tensors, pick_rows, tensor_bytes, tensors
 
 Predict = Callable[[Any], Any]
 ScoreKind = Literal["example", "corpus", "model"]
@@ -244,5 +244,5 @@ def _digest(batch: tuple[Any, Any]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors(batch):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

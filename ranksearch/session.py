@@ -119,7 +119,7 @@ def make_profile(
         on_layer("the rank staircase")
         multiple = spec.space.rank_multiple or measure_staircase(**timing).multiple
         maker = ProfileMaker(
-            model=bench.model,
+            model=bench.source,
             layers=bench.found.layers,
             factorisations=factorisations,
             calibration=bench.calibration,

@@ -19,6 +19,7 @@ OBJECTIVES: tuple[Objective, ...] = ("drop", "latency", "bytes")
 WEIGHT_BITS = (32, 16, 8, 4)
 OptimizerName = Literal["sgd", "adamw"]
 ScheduleName = Literal["one_cycle", "cosine"]
+ShrinkageForm = Literal["proximal", "subgradient"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,11 @@ class Data:
     validation: Batches
     train: Batches | None = None
     test: Batches | None = None
+
+    @property
+    def recovery(self) -> Batches:
+        """What recovery trains on."""
+        return self.calibration if self.train is None else self.train
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +196,26 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NuclearNorm:
+    """Low-rank regularisation: the weight of the layers' nuclear norms, in a training of so many steps.
+
+    Every `interval` steps singular values shrink: in the form `proximal` all alike, in `subgradient` the large ones.
+    """
+
+    weight: float = 3e-4
+    steps: int = 2000
+    interval: int = 20
+    form: ShrinkageForm = "proximal"
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or self.steps < 1 or self.interval < 1 or self.form not in get_args(ShrinkageForm):
+            raise StudyError(
+                f"{self}: weight, steps and interval must be positive, and form one of "
+                f"{', '.join(get_args(ShrinkageForm))}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recovery:
     """The short fine-tuning of every trial, on `device`.
 
@@ -198,6 +224,7 @@ class Recovery:
     `distillation_loss` (outputs, dense outputs) or what suits the task's loss; `layer_outputs` weighs how far the
     outputs of compressed layers are from dense's. `weight_decay` is on the product of a layer's factors.
     `optimizer` is sgd or adamw, `schedule` one_cycle or cosine. `fine_tune` (model, budget) trains instead, in place.
+    `prepare` trains the dense model once, before anything is cut from it; dense stays what plans are compared with.
     """
 
     epochs: float | None = None
@@ -212,6 +239,7 @@ class Recovery:
     layer_outputs: float = 0.0
     device: str = "cpu"
     fine_tune: Callable[[Any, Budget], Any] | None = None
+    prepare: NuclearNorm | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None and self.seconds is None:

@@ -39,6 +39,12 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     return tree
 
 
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The tensor's numbers as bytes, whatever its type; numpy knows no bfloat16."""
+    data: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return data
+
+
 def count_rows(tree: Any) -> int:
     """The number of examples in a batch: the first size of its first tensor that has one, 0 where none has."""
     return next((tensor.shape[0] for tensor in tensors(tree) if tensor.dim() > 0), 0)

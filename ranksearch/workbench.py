@@ -19,7 +19,9 @@ from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency, compare, timed_call
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
+from ranksearch.preparation import prepare_source
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
+from ranksearch.recovery import Step
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
 from ranksearch.scoring import Scores, same_twice, score_model
 from ranksearch.spec import Batches, Data, StudySpec, tied_layers
@@ -49,11 +51,13 @@ class Dense:
 class Workbench:
     """A study's model, data and target, made ready for trials. `train` is the calibration data where there is none.
 
-    `shared` tells of the tensors that several read, on which the quantizers of 8-bit plans sit.
+    `source` is what plans are cut from: the dense `model`, or it as Recovery.prepare made it. `shared` tells of the
+    tensors that several read, on which the quantizers of 8-bit plans sit.
     """
 
     spec: StudySpec
     model: nn.Module
+    source: nn.Module
     data: Data
     found: FoundLayers
     shared: SharedTensors
@@ -65,7 +69,7 @@ class Workbench:
     @property
     def train(self) -> Batches:
         """What recovery trains on."""
-        return self.data.calibration if self.data.train is None else self.data.train
+        return self.data.recovery
 
     def prepare(self, model: nn.Module) -> AbstractSession:
         """The model on the target, its threads on the target's cores where it names any."""
@@ -107,13 +111,15 @@ class Workbench:
 
     def factorisations(self) -> Factorisations:
         """The factorisations of the layers, from one calibration pass; the factors cut from them are kept on disk."""
-        statistics = collect(self.model, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
+        statistics = collect(self.source, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
         cache = Cache(directory=cache_directory() / "factors", max_bytes=MAX_FACTOR_BYTES)
-        return Factorisations(self.model, statistics, cache, only_last=True)
+        return Factorisations(self.source, statistics, cache, only_last=True)
 
 
-def open_workbench(spec: StudySpec) -> Workbench:
-    """Loads the study's model and data, scores dense, and opens it on the target.
+def open_workbench(spec: StudySpec, on_step: Callable[[Step], None] = lambda _step: None) -> Workbench:
+    """Loads the study's model and data, scores dense, opens it on the target, and prepares what plans are cut from.
+
+    `on_step` hears of the preparation.
 
     Raises StudyError for a model without compressible layers, data that yields nothing, too little or not the same
     twice, a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
@@ -150,6 +156,7 @@ def open_workbench(spec: StudySpec) -> Workbench:
     return Workbench(
         spec=spec,
         model=model,
+        source=prepare_source(spec, model, data, calibration, list(found.layers), on_step),
         data=data,
         found=found,
         shared=shared_tensors(model, first_rows(calibration, 1)),

@@ -1,7 +1,8 @@
-"""Win back what compression cost: BatchNorm re-estimation and fine-tuning by distillation."""
+"""Win back what compression cost, by BatchNorm re-estimation and fine-tuning; prepare what is to be compressed."""
 
 from ranksearch.recovery.batchnorm import reestimate_batchnorm
 from ranksearch.recovery.budget import count_steps
 from ranksearch.recovery.fine_tuning import Step, diverged, fine_tune, recover
+from ranksearch.recovery.nuclear_norm import prepare_dense
 
-__all__ = ["Step", "count_steps", "diverged", "fine_tune", "recover", "reestimate_batchnorm"]
+__all__ = ["Step", "count_steps", "diverged", "fine_tune", "prepare_dense", "recover", "reestimate_batchnorm"]

@@ -59,6 +59,7 @@ def fine_tune(
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[Step], None] = lambda _step: None,
+    after_step: Callable[[float], None] = lambda _rate: None,
     autocast: bool | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[float]:
@@ -66,7 +67,8 @@ def fine_tune(
 
     Factors are balanced first, and the weight of a factored layer decays as a whole. Never leaves a weight that is
     not finite: where the loss or a gradient is not, or the loss grows without bound, the best weights so far come
-    back, training stops, and the last loss is inf or nan (`diverged` tells). `should_stop` is asked before each step.
+    back, training stops, and the last loss is inf or nan (`diverged` tells). `should_stop` is asked before each step,
+    `after_step` told the learning rate of each that was taken.
     `autocast` computes in bfloat16; unless told, where the device does so fast. Python's, numpy's and torch's global
     random numbers are set to `seed`, and afterwards are as before. Raises StudyError where there is nothing to train
     or nothing to train on.
@@ -81,7 +83,7 @@ def fine_tune(
     # What layers give is held in memory: noted only where it is asked for.
     noted = LayerOutputs(model, teacher) if recovery.layer_outputs else nullcontext()
     with seeded(seed, device), in_training(model, device), noted as layers:
-        trainer = Trainer(model, teacher, loss, recovery, layers, autocast)
+        trainer = Trainer(model, teacher, loss, recovery, layers, after_step, autocast)
         spending = Spending(n_steps=n_steps, seconds=recovery.seconds, clock=clock, started=clock())
         losses: list[float] = []
         for inputs, targets in endless(batches):

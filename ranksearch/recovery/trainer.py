@@ -55,9 +55,11 @@ class Trainer:
         loss: Any,
         recovery: Recovery,
         layers: LayerOutputs | None,
+        after_step: Callable[[float], None],
         autocast: bool | None,
     ) -> None:
         self.model, self.teacher, self.loss, self.recovery, self.layers = model, teacher, loss, recovery, layers
+        self.after_step = after_step
         self.autocast = bfloat16_is_fast(torch.device(recovery.device)) if autocast is None else autocast
         self.norms = batchnorms(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -93,6 +95,7 @@ class Trainer:
             return math.inf
         self.decay.apply(rate if self.decays_apart else None)
         self.optimizer.step()
+        self.after_step(rate)
         return value
 
     def restore(self) -> None:

@@ -1,0 +1,56 @@
+"""What plans are cut from: the dense model, or it as Recovery.prepare makes it, once for all studies alike."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from ranksearch.cache import Cache, cache_directory, content_hash
+from ranksearch.recovery import Step, prepare_dense
+from ranksearch.spec import Data, StudySpec
+from ranksearch.trees import tensor_bytes, tensors
+
+MAX_BYTES = 4 << 30
+# Settings of the recovery that make no difference to the preparation.
+OTHERS = ("epochs", "steps", "seconds", "fine_tune")
+
+
+def prepare_source(
+    spec: StudySpec,
+    model: nn.Module,
+    data: Data,
+    calibration: Sequence[tuple[Any, Any]],
+    names: Sequence[str],
+    on_step: Callable[[Step], None],
+) -> nn.Module:
+    """The model itself, or a copy that was trained to lower ranks; the weights of that are kept in the cache.
+
+    They are found again by model, calibration data, settings and seed.
+    """
+    recovery, decompositions = spec.recovery, spec.space.decompositions
+    if recovery.prepare is None:
+        return model
+    cache = Cache(directory=cache_directory() / "prepared", max_bytes=MAX_BYTES)
+    held = [*model.state_dict().values(), *(tensor for batch in calibration for tensor in tensors(batch))]
+    used = [field.name for field in fields(recovery) if field.name not in OTHERS]
+    settings = {name: repr(getattr(recovery, name)) for name in used}
+    key = content_hash(
+        torch.__version__, repr(model), settings, spec.seed, list(names), list(decompositions), *map(tensor_bytes, held)
+    )
+    if (kept := cache.get(key)) is not None:
+        prepared = copy.deepcopy(model)
+        prepared.load_state_dict(safetensors.torch.load(kept))
+        return prepared
+    prepared = prepare_dense(
+        model, data.recovery, spec.loss, recovery, names, decompositions, seed=spec.seed, on_step=on_step
+    )
+    # Tensors that share memory are written once for each name.
+    state = {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in prepared.state_dict().items()
+    }
+    cache.put(key, safetensors.torch.save(state))
+    return prepared
