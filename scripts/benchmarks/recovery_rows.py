@@ -1,0 +1,161 @@
+"""One plan, cut and trained by one recipe, judged on test images."""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from decompositions_networks import Subject
+from recovery_plans import RULES, UNIFORM_METHOD
+from torch import nn
+
+import ranksearch as rs
+from ranksearch.compression import compress
+from ranksearch.layers import count_macs
+from ranksearch.quantization import freeze
+from ranksearch.recovery import Step, fine_tune, prepare_dense, reestimate_batchnorm
+from ranksearch.recovery.factors import factor_chains
+from ranksearch.scoring import paired_drop, score_model
+from ranksearch.spec import NuclearNorm, Recovery
+
+SEED = 0
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a plan is chosen and trained, for so many epochs in all, preparation included."""
+
+    name: str
+    epochs: float
+    rule: str = "uniform"
+    learning_rate: float = 0.05
+    distillation: float = 0.5
+    product_decay: bool = True
+    balanced: bool = True
+    prepare: float = 0.0  # epochs
+    nuclear_weight: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """The splits that drops are told on; the first is what targets are about."""
+
+    subject: Subject
+    splits: dict[str, Any]
+
+    def drops(self, model: nn.Module) -> Row:
+        """Points lost against dense on each split, with 95 % intervals."""
+        row: Row = {}
+        for name, batches in self.splits.items():
+            dense = score_model(self.subject.model, batches, rs.top1)
+            drop = paired_drop(dense, score_model(model, batches, rs.top1), rs.top1, True, SEED)
+            assert drop.low is not None and drop.high is not None, "top-1 has an interval"
+            row[name] = {"accuracy": 100 * (dense.value - drop.value), "drop": 100 * drop.value}
+            row[name] |= {"low": 100 * drop.low, "high": 100 * drop.high}
+        return row
+
+
+def judge_of(subject: Subject) -> Judge:
+    """Test images 5,000 to 9,999, then all 10,000; the first half served searches."""
+    test = list(subject.test)
+    return Judge(subject=subject, splits={"test": test, "all": [*subject.validation, *test]})
+
+
+def train(subject: Subject, judge: Judge, cut: float, recipe: Recipe) -> Row:
+    """The row of a plan that cuts so much, trained by the recipe."""
+    started = time.monotonic()
+    n_batches = sum(1 for _ in subject.training)
+    recovery = Recovery(
+        steps=max(1, round((recipe.epochs - recipe.prepare) * n_batches)),
+        learning_rate=recipe.learning_rate,
+        distillation=recipe.distillation,
+    )
+    source = subject
+    if recipe.prepare:
+        norm = NuclearNorm(steps=round(recipe.prepare * n_batches), weight=recipe.nuclear_weight)
+        source = _prepared(subject, replace(recovery, prepare=norm))
+    plan = RULES[recipe.rule](source, cut)
+    model = compress(source.model, plan, calibration=source.calibration, factorisations=source.factorisations).eval()
+    if not recipe.balanced:
+        _unbalance(model)
+    example = subject.calibration[0][0][:1]
+    row: Row = {"network": subject.name, "recipe": recipe.name, "wanted_cut": cut, "epochs": recipe.epochs}
+    row["cut"] = 1 - count_macs(model, example) / count_macs(subject.model, example)
+    reestimate_batchnorm(model, subject.training, subject.model, subject.calibration, subject.loss)
+    row["before"] = judge.drops(model)[next(iter(judge.splits))]["drop"]
+    with _decay(recipe):
+        fine_tune(model, subject.model, subject.training, subject.loss, recovery, seed=SEED, on_step=_tell(recipe.name))
+    freeze(model.eval())
+    row |= judge.drops(model) | {"summary": plan.summary(), "seconds": time.monotonic() - started}
+    print(f"{subject.name} {cut:.0%} {recipe.name}: {row}", file=sys.stderr, flush=True)
+    return row
+
+
+def train_dense(subject: Subject, judge: Judge, epochs: float, learning_rate: float) -> Row:
+    """Dense with the same fine-tuning: what of an accuracy is training, and not the plan."""
+    recipe = Recipe(name="dense, same fine-tuning", epochs=epochs, learning_rate=learning_rate)
+    n_batches = sum(1 for _ in subject.training)
+    recovery = Recovery(steps=max(1, round(epochs * n_batches)), learning_rate=learning_rate)
+    model = compress(subject.model, rs.Plan(layers={}), calibration=subject.calibration)
+    fine_tune(model, subject.model, subject.training, subject.loss, recovery, seed=SEED, on_step=_tell(recipe.name))
+    row = {"network": subject.name, "recipe": recipe.name, "wanted_cut": 0.0, "cut": 0.0, "epochs": epochs}
+    return row | {"before": 0.0, "summary": "dense"} | judge.drops(model.eval())
+
+
+def line(row: Row, splits: Sequence[str]) -> str:
+    """The row as it is printed."""
+    figures = "; ".join(
+        f"{name} {row[name]['drop']:5.2f} ({row[name]['low']:.2f} to {row[name]['high']:.2f})" for name in splits
+    )
+    start = f"  {row['network']:10} {row['recipe']:26} cut {row['cut']:5.1%}, {row['epochs']:g} epochs"
+    return f"{start}: {row['before']:6.2f} before, {figures}   {row['summary']}"
+
+
+def _prepared(subject: Subject, recovery: Recovery) -> Subject:
+    """The subject with its model prepared for the method that is cut."""
+    names = [name for name, info in subject.layers.items() if info.spec.weight_shape[1] > 3]
+    model = prepare_dense(
+        subject.model, subject.training, subject.loss, recovery, names, [UNIFORM_METHOD], seed=SEED,
+        on_step=_tell("preparation"),
+    )  # fmt: skip
+    return replace(subject, model=model)
+
+
+@torch.no_grad()
+def _unbalance(model: nn.Module) -> None:
+    """Factors as a plain decomposition leaves them: the first orthonormal, all of the size in the last."""
+    for chain in factor_chains(model):
+        for before, after in itertools.pairwise(chain):
+            weight, incoming = before.get_parameter("weight"), after.get_parameter("weight")
+            sizes = weight.flatten(1).norm(dim=1).clamp_min(1e-12)
+            weight.div_(sizes.reshape(-1, *[1] * (weight.dim() - 1)))
+            incoming.mul_(sizes.reshape(1, -1, *[1] * (incoming.dim() - 2)))
+
+
+@contextmanager
+def _decay(recipe: Recipe) -> Iterator[None]:
+    """The product's own decay, or none of its own, so that each factor decays by itself; and balance, or none."""
+    off = mock.patch("ranksearch.recovery.factors.factor_chains", lambda _model: [])
+    unbalanced = mock.patch("ranksearch.recovery.factors.balance", lambda _chain: None)
+    patches = [*([] if recipe.product_decay else [off]), *([] if recipe.balanced else [unbalanced])]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def _tell(name: str) -> Any:
+    def on_step(step: Step) -> None:
+        if step.number % 200 == 0:
+            print(f"{name}: {step.share:.0%}, loss {step.loss:.3f}", file=sys.stderr, flush=True)
+
+    return on_step
