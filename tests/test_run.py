@@ -248,3 +248,41 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(rs, name) is not None for name in rs.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = rs.nothing
+
+
+def test_a_chosen_plan_is_trained_in_full_beside_its_trial(
+    searched: Searched, commands: Commands, tmp_path: Path
+) -> None:
+    folder = copied(searched, tmp_path)
+    script, home = folder / "study.py", StudyHome(folder / ".ranksearch" / "tiny")
+    before = read_rows(commands, folder)
+    chosen = next(row for row in before if row["pareto"] and not row["origin"].startswith("control"))
+    number = str(chosen["trial"])
+
+    ended = commands.run(folder, "finish", script, "--trial", number, "--epochs", "3")
+    assert ended.code == 0, ended.err
+    assert f"{number}, full" in ended.out and f"--trial {number} -o tiny-{number}" in ended.out
+    rows = read_rows(commands, folder)
+    (full,) = [row for row in rows if row["rung"] == "full"]
+    assert [row for row in rows if row["rung"] != "full"] == before, "the trial stays as it is"
+    assert full["trial"] == chosen["trial"] and full["origin"] == f"full training of trial {number}"
+    assert not full["pareto"] and full["test_accuracy"] is not None and full["run_id"] != chosen["run_id"]
+
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        query = "select count(*) from metrics where run_uuid = ? and key = 'fine_tuning_loss'"
+        assert database.execute(query, [full["run_id"]]).fetchone()[0] > 1
+        assert database.execute(query, [chosen["run_id"]]).fetchone()[0] > 1, "trials have their learning curves too"
+    database.close()
+
+    plan = read_result(home).plans[chosen["trial"]]
+    ended = commands.run(folder, "export", "--study", "tiny", "--trial", number, "-o", folder / "best")
+    assert ended.code == 0 and "Its weights are those of its full training." in ended.out
+    weights = [path / "model.safetensors" for path in (folder / "best", home.fully_trained(plan.hash()))]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights[0].read_bytes() != (home.plan(plan.hash()) / "model.safetensors").read_bytes()
+    assert commands.run(folder, "verify", folder / "best").code == 0
+
+    ended = commands.run(folder, "finish", script, "--trial", "999")
+    assert ended.code == 2 and "there is no trial 999; trials are 0 to" in ended.err
+    ended = commands.run(tmp_path, "finish", script, "--trial", "0", "--home", tmp_path / "nowhere")
+    assert ended.code == 2 and "run it first" in ended.err

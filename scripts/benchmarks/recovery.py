@@ -83,8 +83,8 @@ def quick(_arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
         "rows": [row],
         "target": {"share of the loss left": QUICK_LEFT},
         "holds": row["before"] > QUICK_LEAST and left <= QUICK_LEFT,
-        "scope": f"a narrow network on the digits, {QUICK_CUT:.0%} cut, {QUICK.epochs:g} epochs; of the points lost after "
-        "BatchNorm re-estimation, the share still lost after training",
+        "scope": f"a narrow network on the digits, {QUICK_CUT:.0%} cut, {QUICK.epochs:g} epochs; of the points lost "
+        "after BatchNorm re-estimation, the share still lost after training",
     }, [line(row, ("test",))]
 
 
