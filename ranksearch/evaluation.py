@@ -16,6 +16,7 @@ from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
+from ranksearch.progressive import compress_in_stages
 from ranksearch.quantization import freeze
 from ranksearch.recovery import Step, diverged, recover, reestimate_batchnorm
 from ranksearch.scoring import output_distance, paired_drop
@@ -177,38 +178,56 @@ class Evaluator:
 
     def _fit(self, plan: Plan, seconds: dict[str, float]) -> tuple[nn.Module, float | None]:
         """The compressed model with BatchNorm re-estimated where it helps, and its drop."""
-        bench = self.bench
+        n_stages = self.bench.spec.recovery.stages
         with self._timed(seconds, "compress"):
-            model = compress(
-                bench.source,
-                plan,
-                calibration=bench.calibration,
-                factorisations=self.factorisations,
-                weight_limit=bench.weight_limit,
-                shared=bench.shared,
-            ).eval()
+            model = compress_in_stages(self.bench.source, plan, n_stages, self._cut, self._train)
         with self._timed(seconds, "quick"):
-            reestimate_batchnorm(model, bench.train, bench.model, bench.calibration, bench.spec.loss)
+            self._estimate_norms(model)
             quick_drop = self._accuracy(model)["accuracy_drop"]
         return model, quick_drop
 
+    def _cut(self, source: nn.Module, plan: Plan) -> nn.Module:
+        bench = self.bench
+        known = self.factorisations if source is bench.source else bench.factorisations_of(source)
+        return compress(
+            source,
+            plan,
+            calibration=bench.calibration,
+            factorisations=known,
+            weight_limit=bench.weight_limit,
+            shared=bench.shared,
+        ).eval()
+
+    def _train(self, model: nn.Module, share: float) -> None:
+        """Training between stages, for a share of the budget."""
+        self._estimate_norms(model)
+        self._recover(model, share)
+        model.eval()
+
+    def _estimate_norms(self, model: nn.Module) -> None:
+        bench = self.bench
+        reestimate_batchnorm(model, bench.train, bench.model, bench.calibration, bench.spec.loss)
+
     def _fine_tune(self, model: nn.Module) -> list[float]:
         """Short training, in place, and its losses; afterwards ranges are set anew and weights put on their grid."""
+        losses = self._recover(model, 1 / self.bench.spec.recovery.stages)
+        model.eval()
+        calibrate_ranges(model, self.bench.calibration)
+        freeze(model)
+        return losses
+
+    def _recover(self, model: nn.Module, share: float) -> list[float]:
         bench, spec = self.bench, self.bench.spec
-        losses = recover(
+        return recover(
             model,
             bench.model,
             bench.train,
             spec.loss,
-            spec.recovery,
+            spec.recovery.part(share),
             seed=spec.seed,
             should_stop=self.should_abort,
             on_step=self.on_step,
         )
-        model.eval()
-        calibrate_ranges(model, bench.calibration)
-        freeze(model)
-        return losses
 
     def _accuracy(self, model: nn.Module) -> dict[str, Any]:
         bench, spec = self.bench, self.bench.spec

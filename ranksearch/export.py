@@ -1,5 +1,6 @@
 """Save, load and verify compressed models."""
 
+import copy
 import hashlib
 import importlib.metadata
 import shutil
@@ -16,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ranksearch.cache import content_hash
-from ranksearch.compression import rebuild
+from ranksearch.compression import calibrate_ranges, rebuild
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.home import read_json, write_json
+from ranksearch.layers import call_model, evaluating
 from ranksearch.plan import Plan, Provenance, Quantizer
 from ranksearch.quantization import activation_quantizers, freeze
+from ranksearch.spec import Batches
+from ranksearch.trees import tensors
 from ranksearch.weights import load_stored, stored_state
 from ranksearch.workbench import Workbench, to_arrays
 
@@ -34,16 +38,25 @@ PLAN, WEIGHTS, RUNTIME, EXAMPLE, REPORT = (
 _PACKAGES = ("ranksearch", "torch", "openvino", "optuna", "numpy")
 
 
-def save(model: nn.Module, plan: Plan, directory: str | Path) -> Plan:
+def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Batches | None = None) -> Plan:
     """Writes `plan.json` and `model.safetensors`, packed bits, for a model that was compressed by `plan`.
 
-    Quantized weights are put onto their grid in place first, so that what is saved is what the model computes.
-    Gives the plan as written: with the ranges of its quantizers and the SHA-256 of the weights.
+    After training of one's own give `calibration` batches: the ranges of 8-bit activations are set anew by them, and
+    what was written is read again and run on the first of them. Quantized weights are put onto their grid in place, so
+    that what is saved is what the model computes. Gives the plan as written: with the ranges of its quantizers and the
+    SHA-256 of the weights. Raises PlanError where weights are not finite, or what is read gives other outputs.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    wrong = next((n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None)
+    if wrong is not None:
+        raise PlanError(f"tensor {wrong!r} holds NaN or infinity; save a model that was trained to finite weights")
+    if calibration is not None:
+        calibrate_ranges(model, calibration)
     freeze(model)
     save_file(_apart(stored_state(model)), folder / WEIGHTS)
+    if calibration is not None:
+        _check_read_again(model, folder / WEIGHTS, calibration)
     provenance = plan.provenance or Provenance()
     written = plan.model_copy(
         update={
@@ -55,6 +68,17 @@ def save(model: nn.Module, plan: Plan, directory: str | Path) -> Plan:
     )
     (folder / PLAN).write_text(written.to_json(), encoding="utf-8")
     return written
+
+
+def _check_read_again(model: nn.Module, weights: Path, calibration: Batches) -> None:
+    """Raises PlanError where the file's weights do not give the model's outputs, to the bit."""
+    again = copy.deepcopy(model)
+    load_stored(again, load_file(weights))
+    inputs = next(iter(calibration))[0]
+    with evaluating(model), evaluating(again):
+        outputs = [tensors(call_model(module, inputs)) for module in (model, again)]
+    if not all(torch.equal(before, after) for before, after in zip(*outputs, strict=True)):
+        raise PlanError(f"{weights} does not give the outputs of the model that it was written from")
 
 
 def load(directory: str | Path, model: nn.Module) -> nn.Module:

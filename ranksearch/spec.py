@@ -6,9 +6,9 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from ranksearch.errors import StudyError
 from ranksearch.goals import Limit, parse_drop, parse_latency, parse_size
@@ -224,7 +224,8 @@ class Recovery:
     `distillation_loss` (outputs, dense outputs) or what suits the task's loss; `layer_outputs` weighs how far the
     outputs of compressed layers are from dense's. `weight_decay` is on the product of a layer's factors.
     `optimizer` is sgd or adamw, `schedule` one_cycle or cosine. `fine_tune` (model, budget) trains instead, in place.
-    `prepare` trains the dense model once, before anything is cut from it; dense stays what plans are compared with.
+    `prepare` trains the dense model once, before anything is cut from it; dense stays what plans are compared with. In
+    several `stages` a plan is cut in as many steps, an equal share of the budget after each.
     """
 
     epochs: float | None = None
@@ -240,6 +241,7 @@ class Recovery:
     device: str = "cpu"
     fine_tune: Callable[[Any, Budget], Any] | None = None
     prepare: NuclearNorm | None = None
+    stages: int = 1
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None and self.seconds is None:
@@ -250,6 +252,7 @@ class Recovery:
                 *((n, v, v is None or v >= 0, "not be negative") for n, v in self._amounts().items()),
                 ("learning_rate", self.learning_rate, self.learning_rate > 0, "be positive"),
                 ("distillation", self.distillation, 0 <= self.distillation <= 1, "be a share from 0 to 1"),
+                ("stages", self.stages, self.stages >= 1, "be at least 1"),
                 ("optimizer", self.optimizer, self.optimizer in get_args(OptimizerName), "be sgd or adamw"),
                 ("schedule", self.schedule, self.schedule in get_args(ScheduleName), "be one_cycle or cosine"),
             )
@@ -261,6 +264,12 @@ class Recovery:
     def _amounts(self) -> dict[str, float | None]:
         names = "epochs", "steps", "seconds", "weight_decay", "layer_outputs"
         return {name: getattr(self, name) for name in names}
+
+    def part(self, share: float) -> Self:
+        """The same for a share of the budget; steps are whole, and at least one."""
+        steps = None if self.steps is None else max(1, round(share * self.steps)) if self.steps else 0
+        epochs, seconds = (None if amount is None else share * amount for amount in (self.epochs, self.seconds))
+        return replace(self, steps=steps, epochs=epochs, seconds=seconds)
 
     @property
     def budget(self) -> Budget:

@@ -111,9 +111,13 @@ class Workbench:
 
     def factorisations(self) -> Factorisations:
         """The factorisations of the layers, from one calibration pass; the factors cut from them are kept on disk."""
-        statistics = collect(self.source, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
         cache = Cache(directory=cache_directory() / "factors", max_bytes=MAX_FACTOR_BYTES)
-        return Factorisations(self.source, statistics, cache, only_last=True)
+        return self.factorisations_of(self.source, cache)
+
+    def factorisations_of(self, source: nn.Module, cache: Cache | None = None) -> Factorisations:
+        """Those of another model of the same layers, from a calibration pass of its own."""
+        statistics = collect(source, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
+        return Factorisations(source, statistics, cache, only_last=True)
 
 
 def open_workbench(spec: StudySpec, on_step: Callable[[Step], None] = lambda _step: None) -> Workbench:

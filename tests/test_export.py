@@ -83,6 +83,30 @@ def test_eight_bits_take_a_quarter_of_the_weights(
     assert all(q.low <= 0 < q.high for q in written.quantizers)
 
 
+def test_a_model_of_ones_own_training_is_calibrated_again_and_read_again(
+    bench: Workbench, factorisations: Factorisations, parts: dict[str, Pairs], tmp_path: Path
+) -> None:
+    plan = plans()["mixed"]
+    save(compressed(bench, factorisations, plan), plan, tmp_path)
+    model = load(tmp_path, bench.model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for inputs, targets in parts["train"]:
+        optimizer.zero_grad()
+        bench.spec.loss(model(3 * inputs), targets).backward()  # brighter images than the ranges were made for
+        optimizer.step()
+    model.eval()
+    before = {quantizer.where: quantizer.high for quantizer in Plan.read(tmp_path / "plan.json").quantizers}
+    brighter = [(3 * inputs, targets) for inputs, targets in parts["train"]]
+    written = save(model, plan, tmp_path / "again", calibration=brighter)
+    assert all(quantizer.high > before[quantizer.where] for quantizer in written.quantizers if quantizer.low == 0.0)
+    inputs = 3 * parts["validation"][0][0]
+    assert torch.equal(load(tmp_path / "again", bench.model)(inputs), model(inputs))
+    with torch.no_grad():
+        model[8][0].weight[0, 0] = float("nan")
+    with pytest.raises(PlanError, match="tensor '8.0.weight' holds NaN or infinity"):
+        save(model, plan, tmp_path / "never", calibration=brighter)
+
+
 def test_what_does_not_fit_or_is_damaged_is_refused(
     bench: Workbench, factorisations: Factorisations, tmp_path: Path
 ) -> None:

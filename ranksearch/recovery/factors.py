@@ -32,6 +32,23 @@ def squared_norm(factors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
     return gram.diagonal().sum()
 
 
+def product(chain: Chain) -> tuple[Tensor, Tensor | None]:
+    """The weight that these modules amount to, (out, in, ...) of a layer without groups, and the last one's bias.
+
+    Exact where no two factors extend over the same axis of the kernel and only the last has a bias.
+    """
+    weight = _ungrouped(chain[0])
+    for module in chain[1:]:
+        after = _ungrouped(module)
+        sizes = [max(a, b) for a, b in zip(weight.shape[2:], after.shape[2:], strict=True)]
+        taps = [factor[..., None].flatten(2) for factor in (weight, after)]
+        # One of the two has a single tap along each axis, so that their pairs are the taps of the product, in order.
+        pairs = torch.einsum("oai,asj->osij", taps[1], taps[0])
+        weight = _as_kernel(pairs, weight.shape[2:], after.shape[2:]).reshape(*pairs.shape[:2], *sizes)
+    bias = getattr(chain[-1], "bias", None)
+    return weight, bias
+
+
 def chain_norm(chain: Chain) -> Tensor:
     """The squared norm of the weight that these modules amount to, before it is rounded."""
     return squared_norm([module.get_parameter("weight") for module in chain], [_groups(module) for module in chain])
@@ -77,6 +94,26 @@ def _gram(weight: Tensor, before: Tensor | None) -> Tensor:
     blocks = before.reshape(groups, n_inputs, groups, n_inputs)
     grams = torch.einsum("goik,gihj,hpjk->gohp", weight, blocks, weight)
     return grams.reshape(groups * n_outputs, groups * n_outputs)
+
+
+def _as_kernel(pairs: Tensor, before: torch.Size, after: torch.Size) -> Tensor:
+    """Pairs (out, in, taps after, taps before) as a kernel: each axis is of the one that extends over it."""
+    grid = pairs.reshape(*pairs.shape[:2], *after, *before)
+    n = len(before)
+    order = [0, 1, *(axis for i in range(n) for axis in (2 + i, 2 + n + i))]
+    return grid.permute(order)
+
+
+def _ungrouped(module: nn.Module) -> Tensor:
+    """The weight (out, in, ...) with zeros where groups keep channels apart."""
+    weight, groups = module.get_parameter("weight"), _groups(module)
+    if groups == 1:
+        return weight
+    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    full = weight.new_zeros(groups, blocks.shape[1], groups, *blocks.shape[2:])
+    index = torch.arange(groups)
+    full[index, :, index] = blocks
+    return full.reshape(weight.shape[0], groups * weight.shape[1], *weight.shape[2:])
 
 
 def _groups(module: nn.Module) -> int:
