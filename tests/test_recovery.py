@@ -385,3 +385,52 @@ def test_batchnorm_stays_where_new_statistics_are_worse():
     assert not reestimate_batchnorm(model, noise, trained(), test_batches(), F.cross_entropy)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not reestimate_batchnorm(nn.Linear(2, 2), noise, trained(), test_batches(), F.cross_entropy)
+
+
+class Twice(nn.Module):
+    """A model in which one factored layer occurs twice, and another is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(64, 16).requires_grad_(False)
+        self.block = nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16))
+        self.again = self.block
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.inputs(images.flatten(1)).relu()
+        return self.head(self.again(self.block(hidden).relu()))
+
+
+def test_a_layer_that_occurs_twice_and_one_that_is_frozen():
+    torch.manual_seed(0)
+    model = Twice()
+    frozen, factor = model.inputs.weight.clone(), model.block[0].weight.detach().clone()
+    batches = [*train_batches(), (digits()[0][:7], digits()[1][:7])]  # the last of another size
+    losses = fine_tune(model, copy.deepcopy(model), batches, F.cross_entropy, recovery(26), seed=0)
+    assert len(losses) == 26 and not diverged(losses) and sum(losses[-5:]) < sum(losses[:5])
+    assert torch.equal(model.inputs.weight, frozen) and not torch.equal(model.block[0].weight, factor)
+    assert model.block is model.again and not model.inputs.weight.requires_grad
+
+
+def test_inputs_by_name_and_losses_of_several_parts():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 10)
+
+        def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            logits = self.layer(images.flatten(1)) * mask[:, None]
+            return {"logits": logits, "size": logits.square().mean(1)}
+
+    def loss(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(outputs["logits"], targets["labels"]) + 0.01 * outputs["size"].mean()
+
+    torch.manual_seed(0)
+    images, labels = digits()
+    batches = [
+        ({"images": images[i : i + 100], "mask": torch.ones(100)}, {"labels": labels[i : i + 100]})
+        for i in range(0, 1200, 100)
+    ]
+    losses = fine_tune(Named(), Named(), batches, loss, recovery(24, 0.2), seed=0)
+    assert len(losses) == 24 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
