@@ -387,6 +387,30 @@ def test_batchnorm_stays_where_new_statistics_are_worse():
     assert not reestimate_batchnorm(nn.Linear(2, 2), noise, trained(), test_batches(), F.cross_entropy)
 
 
+def test_the_teacher_answers_once_where_the_data_is_fixed():
+    asked = []
+    teacher = copy.deepcopy(trained())
+    teacher.register_forward_hook(lambda *_: asked.append(None))
+    fixed = list(train_batches())
+    losses = []
+    for batches, n_asked in ((fixed, 12), (train_batches(), 36), (Unknown(fixed), 36)):
+        asked.clear()
+        model = damaged()
+        losses.append(fine_tune(model, teacher, batches, F.cross_entropy, recovery(36), seed=0))
+        assert len(asked) == n_asked
+    assert losses[0] == losses[2], "what is kept is what would be computed"
+
+
+class Unknown:
+    """The same batches, of which nobody knows that they are."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 class Twice(nn.Module):
     """A model in which one factored layer occurs twice, and another is frozen."""
 

@@ -1,14 +1,42 @@
 """How far a student's outputs are from its teacher's."""
 
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ranksearch.layers import call_model, evaluating
 from ranksearch.trees import is_classification, tensors
 
 TEMPERATURE = 2.0
+MAX_KEPT_BYTES = 1 << 28
+
+
+@final
+class Teacher:
+    """The dense model's outputs; those of inputs that are `fixed`, held by their owner, are computed once.
+
+    Kept until they fill a quarter of a gibibyte; batches beyond are computed anew.
+    """
+
+    def __init__(self, model: nn.Module, fixed: bool) -> None:
+        self._model = model
+        self._fixed = fixed
+        self._kept: dict[int, Any] = {}
+        self._n_bytes = 0
+
+    def outputs(self, given: Any, inputs: Any) -> Any:
+        """The outputs for `inputs`, which are what the data gave on the model's device."""
+        if id(given) in self._kept:
+            return self._kept[id(given)]
+        with evaluating(self._model):
+            outputs = call_model(self._model, inputs)
+        size = sum(tensor.nbytes for tensor in tensors(outputs))
+        if self._fixed and self._n_bytes + size <= MAX_KEPT_BYTES:
+            self._kept[id(given)] = outputs
+            self._n_bytes += size
+        return outputs
 
 
 def distillation_loss(outputs: Any, teacher_outputs: Any, loss: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ranksearch.errors import StudyError
 from ranksearch.recovery.budget import Spending, count_steps, endless
+from ranksearch.recovery.distillation import Teacher
 from ranksearch.recovery.layer_outputs import LayerOutputs
 from ranksearch.recovery.trainer import Trainer
 from ranksearch.recovery.training_state import in_training, is_finite, seeded
@@ -83,7 +84,9 @@ def fine_tune(
     # What layers give is held in memory: noted only where it is asked for.
     noted = LayerOutputs(model, teacher) if recovery.layer_outputs else nullcontext()
     with seeded(seed, device), in_training(model, device), noted as layers:
-        trainer = Trainer(model, teacher, loss, recovery, layers, after_step, autocast)
+        # Layers give their outputs only where the teacher runs.
+        fixed = _is_fixed(batches) and not recovery.layer_outputs
+        trainer = Trainer(model, Teacher(teacher, fixed), loss, recovery, layers, after_step, autocast)
         spending = Spending(n_steps=n_steps, seconds=recovery.seconds, clock=clock, started=clock())
         losses: list[float] = []
         for inputs, targets in endless(batches):
@@ -100,6 +103,11 @@ def fine_tune(
             trainer.restore()
             logger.warning("fine-tuning diverged at step %d; the best weights came back", len(losses))
     return losses
+
+
+def _is_fixed(batches: Batches) -> bool:
+    """Whether every epoch gives the very same objects: a list of pairs holds them."""
+    return isinstance(batches, list | tuple) and all(isinstance(batch, list | tuple) for batch in batches)
 
 
 def diverged(losses: list[float]) -> bool:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import call_model, evaluating
+from ranksearch.layers import call_model
 from ranksearch.recovery.batchnorm import batchnorms
 from ranksearch.recovery.budget import SCHEDULES
-from ranksearch.recovery.distillation import distillation_loss
+from ranksearch.recovery.distillation import Teacher, distillation_loss
 from ranksearch.recovery.factors import ProductDecay
 from ranksearch.recovery.layer_outputs import LayerOutputs
 from ranksearch.recovery.training_state import bfloat16_is_fast, is_convolutional, is_finite, snapshot
@@ -51,7 +51,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module,
+        teacher: Teacher,
         loss: Any,
         recovery: Recovery,
         layers: LayerOutputs | None,
@@ -82,7 +82,7 @@ class Trainer:
         for norm in self.norms:
             norm.train(count_rows(inputs) > 1)  # one example has no variance
         self.optimizer.zero_grad(set_to_none=True)
-        total = self._loss(self._placed(inputs), map_tensors(targets, lambda t: t.to(self.recovery.device)))
+        total = self._loss(inputs, map_tensors(targets, lambda t: t.to(self.recovery.device)))
         value = float(total.detach())
         if not math.isfinite(value):
             return value
@@ -102,11 +102,10 @@ class Trainer:
         """Puts the best weights back, in place."""
         self.model.load_state_dict(self.best)
 
-    def _loss(self, inputs: Any, targets: Any) -> Tensor:
-        device_type, recovery = torch.device(self.recovery.device).type, self.recovery
+    def _loss(self, given: Any, targets: Any) -> Tensor:
+        device_type, recovery, inputs = torch.device(self.recovery.device).type, self.recovery, self._placed(given)
         with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.autocast):
-            with evaluating(self.teacher):
-                wanted = call_model(self.teacher, inputs)
+            wanted = self.teacher.outputs(given, inputs)
             outputs = call_model(self.model, inputs)
         outputs, wanted = (map_tensors(tree, _in_single) for tree in (outputs, wanted))
         distil = recovery.distillation_loss or functools.partial(distillation_loss, loss=self.loss)
