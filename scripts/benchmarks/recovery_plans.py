@@ -23,8 +23,8 @@ def uniform(subject: Subject, cut: float) -> Plan:
     low, high = 0.0, 1.0
     for _ in range(N_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _ratio(subject, _shares(subject, middle)) <= 1 - cut else (low, middle)
-    return _shares(subject, low)
+        low, high = (middle, high) if _ratio(subject, shares(subject, middle)) <= 1 - cut else (low, middle)
+    return shares(subject, low)
 
 
 def one_shot(subject: Subject, cut: float) -> Plan:
@@ -56,7 +56,8 @@ def _priced(subject: Subject, cut: float, temper: Callable[[float], float]) -> P
     raise ValueError(f"no price cuts {cut:.0%} of {subject.name}")
 
 
-def _shares(subject: Subject, share: float) -> Plan:
+def shares(subject: Subject, share: float) -> Plan:
+    """Each layer's largest spatial rank with at most this share of its multiply-adds."""
     found = {name: _largest(info, share) for name, info in subject.layers.items()}
     return Plan(layers={name: choice for name, choice in found.items() if choice is not None})
 

@@ -1,5 +1,6 @@
 """One plan, cut and trained by one recipe, judged on test images."""
 
+import functools
 import itertools
 import sys
 import time
@@ -15,13 +16,15 @@ from recovery_plans import RULES, UNIFORM_METHOD
 from torch import nn
 
 import ranksearch as rs
-from ranksearch.compression import compress
+from ranksearch.compression import calibrate_ranges, compress
 from ranksearch.layers import count_macs
-from ranksearch.quantization import freeze
+from ranksearch.plan import Plan
+from ranksearch.quantization import freeze, shared_tensors
 from ranksearch.recovery import Step, fine_tune, prepare_dense, reestimate_batchnorm
 from ranksearch.recovery.factors import factor_chains
 from ranksearch.scoring import paired_drop, score_model
 from ranksearch.spec import NuclearNorm, Recovery
+from ranksearch.weights import packed_bytes
 
 SEED = 0
 Row = dict[str, Any]
@@ -68,44 +71,44 @@ def judge_of(subject: Subject) -> Judge:
 
 
 def train(subject: Subject, judge: Judge, cut: float, recipe: Recipe) -> Row:
-    """The row of a plan that cuts so much, trained by the recipe."""
-    started = time.monotonic()
-    n_batches = sum(1 for _ in subject.training)
-    recovery = Recovery(
-        steps=max(1, round((recipe.epochs - recipe.prepare) * n_batches)),
-        learning_rate=recipe.learning_rate,
-        distillation=recipe.distillation,
-    )
+    """The row of a plan that cuts so much of the multiply-adds, trained by the recipe."""
     source = subject
     if recipe.prepare:
-        norm = NuclearNorm(steps=round(recipe.prepare * n_batches), weight=recipe.nuclear_weight)
-        source = _prepared(subject, replace(recovery, prepare=norm))
-    plan = RULES[recipe.rule](source, cut)
-    model = compress(source.model, plan, calibration=source.calibration, factorisations=source.factorisations).eval()
+        norm = NuclearNorm(steps=round(recipe.prepare * _n_batches(subject)), weight=recipe.nuclear_weight)
+        source = _prepared(subject, replace(_recovery(subject, recipe), prepare=norm))
+    return train_plan(subject, judge, RULES[recipe.rule](source, cut), recipe, source) | {"wanted_cut": cut}
+
+
+def train_plan(subject: Subject, judge: Judge, plan: Plan, recipe: Recipe, source: Subject | None = None) -> Row:
+    """The row of a plan, cut from `source` or the subject itself, trained by the recipe."""
+    started, source = time.monotonic(), source or subject
+    shared = shared_tensors(subject.model, subject.calibration[0][0][:1])
+    model = compress(
+        source.model, plan, calibration=source.calibration, factorisations=source.factorisations, shared=shared
+    ).eval()
     if not recipe.balanced:
         _unbalance(model)
     example = subject.calibration[0][0][:1]
-    row: Row = {"network": subject.name, "recipe": recipe.name, "wanted_cut": cut, "epochs": recipe.epochs}
+    row: Row = {"network": subject.name, "recipe": recipe.name, "epochs": recipe.epochs, "summary": plan.summary()}
     row["cut"] = 1 - count_macs(model, example) / count_macs(subject.model, example)
+    row["bytes_ratio"] = packed_bytes(model) / packed_bytes(subject.model)
     reestimate_batchnorm(model, subject.training, subject.model, subject.calibration, subject.loss)
     row["before"] = judge.drops(model)[next(iter(judge.splits))]["drop"]
+    tuning = subject.model, subject.training, subject.loss, _recovery(subject, recipe)
     with _decay(recipe):
-        fine_tune(model, subject.model, subject.training, subject.loss, recovery, seed=SEED, on_step=_tell(recipe.name))
-    freeze(model.eval())
-    row |= judge.drops(model) | {"summary": plan.summary(), "seconds": time.monotonic() - started}
-    print(f"{subject.name} {cut:.0%} {recipe.name}: {row}", file=sys.stderr, flush=True)
+        fine_tune(model, *tuning, seed=SEED, on_step=_tell(recipe.name))
+    model.eval()
+    calibrate_ranges(model, subject.calibration)
+    freeze(model)
+    row |= judge.drops(model) | {"seconds": time.monotonic() - started}
+    print(f"{subject.name} {recipe.name}: {row}", file=sys.stderr, flush=True)
     return row
 
 
 def train_dense(subject: Subject, judge: Judge, epochs: float, learning_rate: float) -> Row:
     """Dense with the same fine-tuning: what of an accuracy is training, and not the plan."""
     recipe = Recipe(name="dense, same fine-tuning", epochs=epochs, learning_rate=learning_rate)
-    n_batches = sum(1 for _ in subject.training)
-    recovery = Recovery(steps=max(1, round(epochs * n_batches)), learning_rate=learning_rate)
-    model = compress(subject.model, rs.Plan(layers={}), calibration=subject.calibration)
-    fine_tune(model, subject.model, subject.training, subject.loss, recovery, seed=SEED, on_step=_tell(recipe.name))
-    row = {"network": subject.name, "recipe": recipe.name, "wanted_cut": 0.0, "cut": 0.0, "epochs": epochs}
-    return row | {"before": 0.0, "summary": "dense"} | judge.drops(model.eval())
+    return train_plan(subject, judge, Plan(layers={}), recipe)
 
 
 def line(row: Row, splits: Sequence[str]) -> str:
@@ -113,8 +116,19 @@ def line(row: Row, splits: Sequence[str]) -> str:
     figures = "; ".join(
         f"{name} {row[name]['drop']:5.2f} ({row[name]['low']:.2f} to {row[name]['high']:.2f})" for name in splits
     )
-    start = f"  {row['network']:10} {row['recipe']:26} cut {row['cut']:5.1%}, {row['epochs']:g} epochs"
+    sizes = f"cut {row['cut']:5.1%}, bytes {row['bytes_ratio']:5.1%}"
+    start = f"  {row['network']:10} {row['recipe']:26} {sizes}, {row['epochs']:g} epochs"
     return f"{start}: {row['before']:6.2f} before, {figures}   {row['summary']}"
+
+
+def _recovery(subject: Subject, recipe: Recipe) -> Recovery:
+    steps = max(1, round((recipe.epochs - recipe.prepare) * _n_batches(subject)))
+    return Recovery(steps=steps, learning_rate=recipe.learning_rate, distillation=recipe.distillation)
+
+
+@functools.cache
+def _n_batches(subject: Subject) -> int:
+    return sum(1 for _ in subject.training)
 
 
 def _prepared(subject: Subject, recovery: Recovery) -> Subject:
