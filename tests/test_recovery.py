@@ -458,3 +458,27 @@ def test_inputs_by_name_and_losses_of_several_parts():
     ]
     losses = fine_tune(Named(), Named(), batches, loss, recovery(24, 0.2), seed=0)
     assert len(losses) == 24 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_outputs_keep_the_structure_that_the_model_gives(autocast):
+    class Output(dict):
+        """A mapping with attributes, as transformers gives."""
+
+        @property
+        def logits(self) -> Tensor:
+            return self["logits"]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 10)
+
+        def forward(self, images: Tensor) -> Output:
+            return Output(logits=self.layer(images.flatten(1)))
+
+    def loss(outputs: Output, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, targets)
+
+    losses = fine_tune(Model(), Model(), train_batches(), loss, recovery(6), seed=0, autocast=autocast)
+    assert len(losses) == 6 and not diverged(losses)

@@ -107,7 +107,7 @@ class Trainer:
         with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.autocast):
             wanted = self.teacher.outputs(given, inputs)
             outputs = call_model(self.model, inputs)
-        outputs, wanted = (map_tensors(tree, _in_single) for tree in (outputs, wanted))
+        outputs, wanted = _in_single(outputs), _in_single(wanted)
         distil = recovery.distillation_loss or functools.partial(distillation_loss, loss=self.loss)
         total: Tensor = (1 - recovery.distillation) * self.loss(outputs, targets)
         if recovery.distillation:
@@ -150,5 +150,8 @@ def _groups(parameters: list[nn.Parameter], decay: ProductDecay, weight_decay: f
     ]
 
 
-def _in_single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _in_single(outputs: Any) -> Any:
+    """Outputs with half-precision tensors in float32; of structures that are the user's own, as they are."""
+    if type(outputs) not in (Tensor, tuple, list, dict):
+        return outputs
+    return map_tensors(outputs, lambda t: t.float() if t.is_floating_point() else t)
