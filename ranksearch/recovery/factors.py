@@ -25,11 +25,20 @@ def squared_norm(factors: Sequence[Tensor], groups: Sequence[int]) -> Tensor:
     Exact where no two factors extend over the same axis of the kernel; the weight itself is never made. Khodak et al.,
     Initialization and Regularization of Factorized Neural Layers (2021), decay this instead of each factor.
     """
+    *others, last = [
+        weight.reshape(n_groups, weight.shape[0] // n_groups, weight.shape[1], -1)
+        for weight, n_groups in zip(factors, groups, strict=True)
+    ]
     gram: Tensor | None = None
-    for weight, n_groups in zip(factors, groups, strict=True):
-        gram = _gram(weight.reshape(n_groups, weight.shape[0] // n_groups, weight.shape[1], -1), gram)
-    assert gram is not None, "a chain has factors"
-    return gram.diagonal().sum()
+    for weight in others:
+        gram = _gram(weight, gram)
+    if gram is None:
+        return last.square().sum()
+    n_groups, _, n_inputs, _ = last.shape
+    index = torch.arange(n_groups)
+    within = gram.reshape(n_groups, n_inputs, n_groups, n_inputs)[index, :, index]
+    # Of the last products only the diagonal is wanted: outputs may be many.
+    return (torch.einsum("goik,gij->gojk", last, within) * last).sum()
 
 
 def product(chain: Chain) -> tuple[Tensor, Tensor | None]:
