@@ -19,12 +19,24 @@ TABLES: dict[str, Table] = {}
 
 
 def uniform(subject: Subject, cut: float) -> Plan:
-    """Every layer that has a spatial kernel and more than a few input channels at the same share, spatially."""
+    """Every layer that has a spatial kernel and more than a few input channels at the same share, spatially.
+
+    What whole ranks leave over raises ranks by one, first where the share is least.
+    """
     low, high = 0.0, 1.0
     for _ in range(N_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if _ratio(subject, shares(subject, middle)) <= 1 - cut else (low, middle)
-    return shares(subject, low)
+    plan = shares(subject, low)
+    own = {
+        name: _macs(subject.layers[name], choice) / subject.layers[name].macs for name, choice in plan.layers.items()
+    }
+    for name in sorted(own, key=own.__getitem__):
+        (rank,) = plan.choice(name).ranks
+        raised = Plan(layers={**plan.layers, name: LayerChoice(decomposition=UNIFORM_METHOD, ranks=(rank + 1,))})
+        if _ratio(subject, raised) <= 1 - cut:
+            plan = raised
+    return plan
 
 
 def one_shot(subject: Subject, cut: float) -> Plan:
