@@ -44,14 +44,13 @@ def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Ba
     After training of one's own give `calibration` batches: the ranges of 8-bit activations are set anew by them, and
     what was written is read again and run on the first of them. Quantized weights are put onto their grid in place, so
     that what is saved is what the model computes. Gives the plan as written: with the ranges of its quantizers and the
-    SHA-256 of the weights. Raises PlanError where weights are not finite, or what is read gives other outputs.
+    SHA-256 of the weights. With `calibration` raises PlanError where weights are not finite, or what is read gives
+    other outputs.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    wrong = next((n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()), None)
-    if wrong is not None:
-        raise PlanError(f"tensor {wrong!r} holds NaN or infinity; save a model that was trained to finite weights")
     if calibration is not None:
+        _check_finite(model)
         calibrate_ranges(model, calibration)
     freeze(model)
     save_file(_apart(stored_state(model)), folder / WEIGHTS)
@@ -68,6 +67,12 @@ def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Ba
     )
     (folder / PLAN).write_text(written.to_json(), encoding="utf-8")
     return written
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise PlanError(f"tensor {name!r} holds NaN or infinity; save a model that was trained to finite weights")
 
 
 def _check_read_again(model: nn.Module, weights: Path, calibration: Batches) -> None:
