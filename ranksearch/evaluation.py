@@ -16,7 +16,7 @@ from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency
 from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
-from ranksearch.progressive import compress_in_stages
+from ranksearch.progressive import compress_in_stages, n_cuts
 from ranksearch.quantization import freeze
 from ranksearch.recovery import Step, diverged, recover, reestimate_batchnorm
 from ranksearch.scoring import output_distance, paired_drop
@@ -123,7 +123,7 @@ class Evaluator:
             return Evaluation(**figures, **self._dense_accuracy(), rung="fine_tuned", seconds=seconds)
         model, quick_drop = self._fit(plan, seconds)
         with self._timed(seconds, "fine_tune"):
-            losses = self._fine_tune(model)
+            losses = self._fine_tune(model, 1 / n_cuts(plan, self.bench.spec.recovery.stages))
         with self._timed(seconds, "validate"):
             accuracy = self._accuracy(model)
         self._keep(plan, model, seconds)
@@ -178,9 +178,9 @@ class Evaluator:
 
     def _fit(self, plan: Plan, seconds: dict[str, float]) -> tuple[nn.Module, float | None]:
         """The compressed model with BatchNorm re-estimated where it helps, and its drop."""
-        n_stages = self.bench.spec.recovery.stages
         with self._timed(seconds, "compress"):
-            model = compress_in_stages(self.bench.source, plan, n_stages, self._cut, self._train)
+            stages = self.bench.spec.recovery.stages
+            model = compress_in_stages(self.bench.source, plan, stages, self._cut, self._train)
         with self._timed(seconds, "quick"):
             self._estimate_norms(model)
             quick_drop = self._accuracy(model)["accuracy_drop"]
@@ -208,9 +208,9 @@ class Evaluator:
         bench = self.bench
         reestimate_batchnorm(model, bench.train, bench.model, bench.calibration, bench.spec.loss)
 
-    def _fine_tune(self, model: nn.Module) -> list[float]:
+    def _fine_tune(self, model: nn.Module, share: float) -> list[float]:
         """Short training, in place, and its losses; afterwards ranges are set anew and weights put on their grid."""
-        losses = self._recover(model, 1 / self.bench.spec.recovery.stages)
+        losses = self._recover(model, share)
         model.eval()
         calibrate_ranges(model, self.bench.calibration)
         freeze(model)

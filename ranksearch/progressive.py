@@ -18,6 +18,11 @@ Cut = Callable[[nn.Module, Plan], nn.Module]
 Train = Callable[[nn.Module, float], None]
 
 
+def n_cuts(plan: Plan, n_stages: int) -> int:
+    """In how many steps a plan is cut that may be cut in so many: one that factors nothing, in one."""
+    return n_stages if any(choice.decomposition != "none" for choice in plan.layers.values()) else 1
+
+
 def compress_in_stages(source: nn.Module, plan: Plan, n_stages: int, cut: Cut, train: Train) -> nn.Module:
     """The source cut by the plan in so many stages, trained after each but the last for an equal share of the budget.
 
@@ -33,13 +38,11 @@ def compress_in_stages(source: nn.Module, plan: Plan, n_stages: int, cut: Cut, t
 def _steps(source: nn.Module, plan: Plan, n_stages: int) -> Sequence[Plan]:
     """The plan at larger ranks for each stage before the last, in float32; only what the plan factors is changed."""
     factored = {name: choice for name, choice in plan.layers.items() if choice.decomposition != "none"}
-    if not factored:
-        return []
     specs = {name: layer_spec(source.get_submodule(name)) for name in factored}
     known = {name: spec for name, spec in specs.items() if spec is not None}
     return [
         Plan(layers={name: _wider(factored[name], spec, stage / n_stages) for name, spec in known.items()})
-        for stage in range(1, n_stages)
+        for stage in range(1, n_cuts(plan, n_stages))
     ]
 
 

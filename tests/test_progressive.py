@@ -100,6 +100,9 @@ def test_a_trial_in_stages_spends_the_same_budget() -> None:
     )
     evaluation = evaluator.evaluate(plans()["mixed"])
     assert steps == [1, 2, 3] * 3
+    steps.clear()
+    evaluator.evaluate(plans()["8 bits"])
+    assert steps == list(range(1, 10)), "what factors nothing is cut at once, and trained as long"
     assert evaluation.accuracy is not None and evaluation.accuracy > 0.7
 
 
