@@ -17,7 +17,7 @@ N_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialCost:
-    """The dense model's figures, what is skipped and why, and the seconds of a trial."""
+    """The dense model's figures, what is skipped and why, and the seconds of a trial and of the preparation before."""
 
     dense_score: float
     n_validation: int
@@ -27,11 +27,12 @@ class TrialCost:
     skipped: Mapping[str, str]
     trial_s: float
     fine_tuning_s: float
+    preparation_s: float
 
 
 def estimate(study: StudySpec) -> TrialCost:
     """Takes the last of the controls through every stage, and reckons with the study's own number of steps."""
-    short = dataclasses.replace(study, recovery=dataclasses.replace(study.recovery, steps=N_STEPS))
+    short = dataclasses.replace(study, recovery=dataclasses.replace(study.recovery, steps=N_STEPS, prepare=None))
     bench = open_workbench(short)
     latency_ms, noise_floor = dense_latency(bench)
     evaluator = Evaluator(bench=bench, factorisations=bench.factorisations(), dense_latency_ms=latency_ms)
@@ -40,6 +41,7 @@ def estimate(study: StudySpec) -> TrialCost:
     per_step = seconds.get("fine_tune", 0.0) / N_STEPS
     n_steps, most = count_steps(bench.train, study.recovery), study.recovery.seconds or math.inf
     fine_tuning_s = most if n_steps is None else min(per_step * n_steps, most)
+    prepare = study.recovery.prepare
     others = sum(duration for step, duration in seconds.items() if step != "fine_tune")
     return TrialCost(
         dense_score=bench.dense.scores.value,
@@ -50,4 +52,5 @@ def estimate(study: StudySpec) -> TrialCost:
         skipped=bench.found.skipped,
         trial_s=others + fine_tuning_s,
         fine_tuning_s=fine_tuning_s,
+        preparation_s=0.0 if prepare is None else per_step * prepare.steps,
     )

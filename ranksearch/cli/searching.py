@@ -52,8 +52,11 @@ def check_study(script: Path) -> None:
     for name, reason in cost.skipped.items():
         say(f"  skipped {name}: {reason}")
     say(f"seconds per trial  {cost.trial_s:.1f}, of which fine-tuning {cost.fine_tuning_s:.1f}")
-    end = datetime.now() + timedelta(seconds=50 * cost.trial_s)
-    say(f"50 trials          {duration(50 * cost.trial_s)}, until {end:%H:%M} or later: the profile comes before them")
+    if cost.preparation_s:
+        say(f"preparation        {duration(cost.preparation_s)}, once")
+    total_s = 50 * cost.trial_s + cost.preparation_s
+    end = datetime.now() + timedelta(seconds=total_s)
+    say(f"50 trials          {duration(total_s)}, until {end:%H:%M} or later: the profile comes before them")
 
 
 def profile_study(script: Path) -> None:
