@@ -18,8 +18,8 @@ _HOMES = {
     "Plan": "plan",
     "Data": "spec",
     "Goals": "spec",
-    "NuclearNorm": "spec",
-    "Recovery": "spec",
+    "NuclearNorm": "recovery_settings",
+    "Recovery": "recovery_settings",
     "Space": "spec",
     "StudySpec": "spec",
     "Target": "spec",
@@ -89,11 +89,12 @@ if TYPE_CHECKING:
     from ranksearch.full_training import finish
     from ranksearch.latency import measure_latency
     from ranksearch.plan import LayerChoice, Plan
+    from ranksearch.recovery_settings import NuclearNorm, Recovery
     from ranksearch.run import evaluate, profile, search
     from ranksearch.runtimes import register_runtime
     from ranksearch.scoring import top1
     from ranksearch.search_result import SearchResult
-    from ranksearch.spec import Data, Goals, NuclearNorm, Recovery, Space, StudySpec, Target, corpus_score
+    from ranksearch.spec import Data, Goals, Space, StudySpec, Target, corpus_score
 
 
 def __getattr__(name: str) -> Any:

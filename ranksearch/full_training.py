@@ -8,7 +8,7 @@ from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluator
 from ranksearch.export import RUNTIME, write_bundle
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json, write_json
-from ranksearch.listener import Progress, Silent, open_tracker
+from ranksearch.listener import Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import ResolvedLimits, coordinator_lock
 from ranksearch.plan import Plan
 from ranksearch.remeasure import Judge
@@ -47,7 +47,7 @@ def finish(
     recovery = replace(study.recovery, epochs=epochs, steps=None, seconds=None, learning_rate=rate)
     with coordinator_lock(place.directory, around=True):
         told.stage("loading model and data")
-        bench = open_workbench(replace(study, recovery=recovery), told.trained)
+        bench = open_workbench(replace(study, recovery=recovery), preparing(told))
         session = prepare(bench, place, told.stage)
         told.stage(f"training trial {trial} for {epochs:g} epochs")
         row, curve = _trained(bench, session, plan, place, told, should_abort)

@@ -14,7 +14,8 @@ from ranksearch.cache import content_hash
 from ranksearch.candidates import Profile
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.plan import Plan
-from ranksearch.spec import CorpusScore, Recovery
+from ranksearch.recovery_settings import Recovery
+from ranksearch.spec import CorpusScore
 from ranksearch.trees import tensor_bytes, tensors
 from ranksearch.workbench import Workbench
 

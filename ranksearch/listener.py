@@ -1,6 +1,6 @@
 """Who is told how a study goes: a person at the terminal, and MLflow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
@@ -143,6 +143,17 @@ class Listener:
     def gapped(self) -> list[int]:
         """The trials that are off the front, since the runtime scores them otherwise than torch."""
         return gapped_trials(self.history, read_json(self.home.remeasured))
+
+
+def preparing(told: Progress) -> Callable[[Step], None]:
+    """Passes on what is heard of the preparation of the dense model, as a stage of its own."""
+
+    def on_step(step: Step) -> None:
+        if step.number == 1:
+            told.stage("preparing the dense model, once for all studies alike")
+        told.trained(step)
+
+    return on_step
 
 
 def open_tracker(

@@ -15,7 +15,7 @@ from ranksearch.evaluation import Evaluation, Evaluator
 from ranksearch.export import write_bundle
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
 from ranksearch.identity import study_identity
-from ranksearch.listener import Listener, Progress, Silent, open_tracker
+from ranksearch.listener import Listener, Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import (
     ResolvedLimits,
     coordinator_lock,
@@ -73,7 +73,7 @@ def search(
     place = StudyHome(Path(home) / study.name)
     with coordinator_lock(place.directory, around=True), other_cores(study.target):
         told.stage("loading model and data")
-        bench = open_workbench(study, told.trained)
+        bench = open_workbench(study, preparing(told))
         # Units that do not fit the score are told of now, whatever the latency will be.
         resolve_goals(study.goals, bench.dense.scores.value, 1.0, bench.dense.model_bytes)
         if new:

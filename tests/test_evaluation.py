@@ -22,9 +22,10 @@ from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json
 from ranksearch.identity import function_identity, study_identity
 from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.recovery_settings import Recovery
 from ranksearch.remeasure import Judge, has_gap, remeasure_plans
 from ranksearch.scoring import top1
-from ranksearch.spec import Recovery, Space, corpus_score
+from ranksearch.spec import Space, corpus_score
 from ranksearch.weights import packed_bytes
 from ranksearch.workbench import Workbench, open_workbench
 

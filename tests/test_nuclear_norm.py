@@ -17,7 +17,7 @@ from ranksearch.layers import layer_spec
 from ranksearch.plan import LayerChoice
 from ranksearch.recovery import prepare_dense
 from ranksearch.recovery.nuclear_norm import FOLDINGS, Shrinkage, fold, foldings_of, shrink, subgradient, unfold
-from ranksearch.spec import NuclearNorm, Recovery
+from ranksearch.recovery_settings import NuclearNorm, Recovery
 from ranksearch.workbench import open_workbench
 
 PARTS = split()

@@ -16,7 +16,7 @@ from ranksearch.layers import layer_spec
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.progressive import compress_in_stages, multiplied_out
 from ranksearch.recovery.factors import product
-from ranksearch.spec import Recovery
+from ranksearch.recovery_settings import Recovery
 from ranksearch.workbench import open_workbench
 
 PARTS = split()

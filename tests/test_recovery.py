@@ -17,8 +17,8 @@ from ranksearch.recovery.budget import cosine, count_steps, one_cycle
 from ranksearch.recovery.distillation import distillation_loss
 from ranksearch.recovery.factors import ProductDecay, chain_norm
 from ranksearch.recovery.layer_outputs import LayerOutputs
+from ranksearch.recovery_settings import Budget, Recovery
 from ranksearch.scoring import output_distance, score_model, top1
-from ranksearch.spec import Budget, Recovery
 
 
 class FakeQuantizedConv(nn.Module):

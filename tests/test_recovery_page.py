@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ranksearch.spec import NuclearNorm, Recovery
+from ranksearch.recovery_settings import NuclearNorm, Recovery
 
 PAGE = Path(__file__).parents[1] / "docs" / "recovery.md"
 TEXT = PAGE.read_text(encoding="utf-8")

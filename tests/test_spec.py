@@ -10,16 +10,8 @@ import pytest
 
 from ranksearch.errors import StudyError
 from ranksearch.goals import Limit, parse_drop, parse_latency, parse_size
-from ranksearch.spec import (
-    CorpusScore,
-    Goals,
-    Recovery,
-    Space,
-    StudySpec,
-    Target,
-    corpus_score,
-    load_study,
-)
+from ranksearch.recovery_settings import Recovery
+from ranksearch.spec import CorpusScore, Goals, Space, StudySpec, Target, corpus_score, load_study
 
 SCRIPT = """
 import ranksearch.spec as rs

@@ -8,8 +8,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ranksearch.plan import LayerChoice, Plan
+from ranksearch.recovery_settings import Recovery
 from ranksearch.scoring import top1
-from ranksearch.spec import Data, Recovery, Space, StudySpec, Target
+from ranksearch.spec import Data, Space, StudySpec, Target
 
 Pairs = list[tuple[Tensor, Tensor]]
 

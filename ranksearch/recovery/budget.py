@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ranksearch.errors import StudyError
-from ranksearch.spec import Batches, Recovery
+from ranksearch.recovery_settings import Recovery
+from ranksearch.spec import Batches
 
 WARM_UP = {"one_cycle": 0.2, "cosine": 0.05}
 START, END = 0.1, 0.01

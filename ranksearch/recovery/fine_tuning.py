@@ -18,7 +18,8 @@ from ranksearch.recovery.distillation import Teacher
 from ranksearch.recovery.layer_outputs import LayerOutputs
 from ranksearch.recovery.trainer import Trainer
 from ranksearch.recovery.training_state import in_training, is_finite, seeded
-from ranksearch.spec import Batches, Recovery
+from ranksearch.recovery_settings import Recovery
+from ranksearch.spec import Batches
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ranksearch.errors import StudyError
 from ranksearch.layers import layer_weight
 from ranksearch.recovery.fine_tuning import diverged, fine_tune
-from ranksearch.spec import Batches, NuclearNorm, Recovery
+from ranksearch.recovery_settings import NuclearNorm, Recovery
+from ranksearch.spec import Batches
 
 Folding = Callable[[Tensor], Tensor]
 

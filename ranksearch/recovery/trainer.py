@@ -17,7 +17,7 @@ from ranksearch.recovery.distillation import Teacher, distillation_loss
 from ranksearch.recovery.factors import ProductDecay
 from ranksearch.recovery.layer_outputs import LayerOutputs
 from ranksearch.recovery.training_state import bfloat16_is_fast, is_convolutional, is_finite, snapshot
-from ranksearch.spec import Recovery
+from ranksearch.recovery_settings import Recovery
 from ranksearch.trees import count_rows, map_tensors
 
 MOMENTUM = 0.9

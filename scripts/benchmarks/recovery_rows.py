@@ -22,8 +22,8 @@ from ranksearch.plan import Plan
 from ranksearch.quantization import freeze, shared_tensors
 from ranksearch.recovery import Step, fine_tune, prepare_dense, reestimate_batchnorm
 from ranksearch.recovery.factors import factor_chains
+from ranksearch.recovery_settings import NuclearNorm, Recovery
 from ranksearch.scoring import paired_drop, score_model
-from ranksearch.spec import NuclearNorm, Recovery
 from ranksearch.weights import packed_bytes
 
 SEED = 0
