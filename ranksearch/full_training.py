@@ -13,7 +13,7 @@ from ranksearch.optimization import ResolvedLimits, coordinator_lock
 from ranksearch.plan import Plan
 from ranksearch.remeasure import Judge
 from ranksearch.results import Row, evaluation_row, judged, summary
-from ranksearch.search_result import SearchResult, read_result
+from ranksearch.search_result import read_result
 from ranksearch.session import Session, prepare
 from ranksearch.spec import StudySpec
 from ranksearch.workbench import Workbench, open_workbench
@@ -42,13 +42,15 @@ def finish(
     place = StudyHome(Path(home) / study.name)
     if not place.study.is_file():
         raise StudyError(f"there is no study {study.name!r} in {home}; run it first")
-    plan = _plan(read_result(place, storage), trial)
+    plan = read_result(place, storage).plan(trial)
     rate = study.recovery.learning_rate if learning_rate is None else learning_rate
     recovery = replace(study.recovery, epochs=epochs, steps=None, seconds=None, learning_rate=rate)
     with coordinator_lock(place.directory, around=True):
         told.stage("loading model and data")
-        bench = open_workbench(replace(study, recovery=recovery), preparing(told))
+        bench = open_workbench(study, preparing(told))
         session = prepare(bench, place, told.stage)
+        # Only now, so that what plans are cut from is prepared as it was for the trial.
+        bench = replace(bench, spec=replace(study, recovery=recovery))
         told.stage(f"training trial {trial} for {epochs:g} epochs")
         row, curve = _trained(bench, session, plan, place, told, should_abort)
         result = read_result(place, storage)
@@ -84,9 +86,3 @@ def _trained(
     row = evaluation_row(evaluation, ResolvedLimits())
     row |= {name: value for name, value in figures.items() if name in FRONT_COLUMNS}
     return row, evaluation.learning_curve
-
-
-def _plan(result: SearchResult, trial: int) -> Plan:
-    if trial not in result.plans:
-        raise StudyError(f"there is no trial {trial}; trials are 0 to {max(result.plans, default=-1)}")
-    return result.plans[trial]

@@ -57,6 +57,12 @@ class SearchResult:
             ]
         return self.plans[choose(rows, minimize=minimize)[0]["trial"]]
 
+    def plan(self, trial: int) -> Plan:
+        """The plan of a trial. Raises StudyError where there is no such trial."""
+        if trial not in self.plans:
+            raise StudyError(f"there is no trial {trial}; trials are 0 to {max(self.plans, default=-1)}")
+        return self.plans[trial]
+
 
 def as_table(rows: Sequence[Row]) -> "pandas.DataFrame":
     """Rows as a table with the front's columns."""

@@ -243,6 +243,7 @@ def test_a_budget_in_seconds_ends_by_the_clock_and_goes_down_the_whole_schedule(
         clock=lambda: float(next(times)), on_step=lambda step: shares.append(step.share),
     )  # fmt: skip
     assert 5 <= len(losses) <= 20 and shares == sorted(shares) and shares[-1] == 1.0
+    assert fine_tune(model, trained(), train_batches(), F.cross_entropy, Recovery(seconds=0), seed=0) == []
     both = Recovery(seconds=1e6, steps=3)
     assert len(fine_tune(damaged(), trained(), train_batches(), F.cross_entropy, both, seed=0)) == 3
 
@@ -399,6 +400,10 @@ def test_the_teacher_answers_once_where_the_data_is_fixed():
         losses.append(fine_tune(model, teacher, batches, F.cross_entropy, recovery(36), seed=0))
         assert len(asked) == n_asked
     assert losses[0] == losses[2], "what is kept is what would be computed"
+    asked.clear()
+    alone = Recovery(steps=4, distillation=0.0)
+    fine_tune(damaged(), teacher, fixed, F.cross_entropy, alone, seed=0)
+    assert not asked, "who learns from the task alone asks no teacher"
 
 
 class Unknown:

@@ -140,7 +140,6 @@ def finish_command(
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
-    grace: Annotated[str, typer.Option(help="How long a stopped training may take to end.")] = "0s",
 ) -> None:
     """Train a chosen plan in full; exports of the trial take its weights from then on."""
     from ranksearch.cli.searching import finish_trial
@@ -153,7 +152,6 @@ def finish_command(
         home=home,
         storage=storage,
         tracking_uri=tracking_uri,
-        grace_s=duration_s(grace, "--grace"),
     )
 
 

@@ -76,8 +76,8 @@ def show_plan(
 
     place = study_home(script, name, home)
     result = read_result(place, storage)
-    plan = _plan_of(result.plans, trial)
-    other = None if versus is None else _plan_of(result.plans, versus)
+    plan = result.plan(trial)
+    other = None if versus is None else result.plan(versus)
     columns = ["layer", "choice", "predicted loss", "ms saved", "bytes saved", "why"]
     columns += [] if versus is None else [f"trial {versus}"]
     rows = [
@@ -148,9 +148,3 @@ def verify_export(directory: Path, script: Path | None) -> None:
     if not all(check.holds for check in checks):
         raise typer.Exit(EXIT_CHECK_FAILED)
     say(f"{directory} does what it claims.")
-
-
-def _plan_of(plans: Mapping[int, Any], trial: int) -> Any:
-    if trial not in plans:
-        raise StudyError(f"there is no trial {trial}; trials are 0 to {max(plans, default=-1)}")
-    return plans[trial]

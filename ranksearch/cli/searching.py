@@ -83,15 +83,15 @@ def run_study(script: Path, *, goals: Options, overrides: Options, **options: An
 
 
 def finish_trial(
-    script: Path, trial: int, *, epochs: float, learning_rate: float | None, grace_s: float, home: Path,
-    storage: str | None, tracking_uri: str | None,
+    script: Path, trial: int, *, epochs: float, learning_rate: float | None, home: Path, storage: str | None,
+    tracking_uri: str | None,
 ) -> None:  # fmt: skip
     """Full training of a trial's plan."""
     from ranksearch.full_training import finish
     from ranksearch.search_result import read_result
 
     study = load_study(script)
-    with StopSignals(grace_s) as stop, Terminal(None) as terminal:
+    with StopSignals(grace_s=0.0) as stop, Terminal(None) as terminal:
         try:
             row = finish(
                 study, trial, epochs=epochs, learning_rate=learning_rate, home=home, storage=storage,

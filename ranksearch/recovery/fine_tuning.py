@@ -76,7 +76,7 @@ def fine_tune(
     or nothing to train on.
     """
     n_steps = count_steps(batches, recovery)
-    if n_steps == 0:
+    if n_steps == 0 or recovery.seconds == 0:
         return []
     device = torch.device(recovery.device)
     # A teacher that is the student itself, or lies on another device, is copied: the user's model is never changed.

@@ -105,7 +105,8 @@ class Trainer:
     def _loss(self, given: Any, targets: Any) -> Tensor:
         device_type, recovery, inputs = torch.device(self.recovery.device).type, self.recovery, self._placed(given)
         with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.autocast):
-            wanted = self.teacher.outputs(given, inputs)
+            is_taught = recovery.distillation > 0 or self.layers is not None
+            wanted = self.teacher.outputs(given, inputs) if is_taught else None
             outputs = call_model(self.model, inputs)
         outputs, wanted = _in_single(outputs), _in_single(wanted)
         distil = recovery.distillation_loss or functools.partial(distillation_loss, loss=self.loss)

@@ -21,7 +21,7 @@ from ranksearch.layers import count_macs
 from ranksearch.plan import Plan
 from ranksearch.quantization import freeze, shared_tensors
 from ranksearch.recovery import Step, fine_tune, prepare_dense, reestimate_batchnorm
-from ranksearch.recovery.factors import factor_chains
+from ranksearch.recovery.factors import balance, factor_chains
 from ranksearch.recovery_settings import NuclearNorm, Recovery
 from ranksearch.scoring import paired_drop, score_model
 from ranksearch.weights import packed_bytes
@@ -86,7 +86,10 @@ def train_plan(subject: Subject, judge: Judge, plan: Plan, recipe: Recipe, sourc
     model = compress(
         source.model, plan, calibration=source.calibration, factorisations=source.factorisations, shared=shared
     ).eval()
-    if not recipe.balanced:
+    if recipe.balanced:
+        for chain in factor_chains(model):
+            balance(chain)
+    else:
         _unbalance(model)
     example = subject.calibration[0][0][:1]
     row: Row = {"network": subject.name, "recipe": recipe.name, "epochs": recipe.epochs, "summary": plan.summary()}
