@@ -15,12 +15,15 @@ def non_dominated(losses: Losses) -> NDArray[np.bool_]:
     `losses` is (n_points, n_objectives). A row dominates another if it is nowhere worse and somewhere better.
     """
     losses = np.asarray(losses, dtype=np.float64)
-    keep = np.ones(len(losses), dtype=np.bool_)
-    for i, point in enumerate(losses):
-        no_worse = (losses <= point).all(axis=1)
-        better = (losses < point).any(axis=1)
-        repeated = (losses[:i] == point).all(axis=1).any()
-        keep[i] = not (no_worse & better).any() and not repeated
+    keep = np.zeros(len(losses), dtype=np.bool_)
+    kept = np.empty_like(losses)
+    n_kept = 0
+    # In lexical order what dominates a row comes before it, and of what came before only kept rows need be asked.
+    for row in np.lexsort((np.arange(len(losses)), *losses.T[::-1])):
+        if not (kept[:n_kept] <= losses[row]).all(axis=1).any():
+            keep[row] = True
+            kept[n_kept] = losses[row]
+            n_kept += 1
     return keep
 
 

@@ -13,6 +13,7 @@ from ranksearch.spec import Goals, Objective
 
 Row = dict[str, Any]
 
+MEASURED = {"drop": "accuracy_drop", "latency": "latency_ratio", "bytes": "bytes_ratio"}
 MINIMIZED = {"latency": "latency_ratio", "size": "bytes_ratio", "drop": "accuracy_drop"}
 
 
@@ -132,6 +133,32 @@ def choose(rows: Sequence[Row], *, minimize: str = "latency") -> tuple[Row, str]
     raise NoPlanError(
         "no compressed plan meets the goals; run more trials, or export --trial N out of `ranksearch front --all`"
     )
+
+
+def nearest(rows: Sequence[Row], limits: ResolvedLimits) -> dict[str, Row]:
+    """Where no compressed plan meets the goals, the one on each side that comes nearest to them, by what it keeps.
+
+    `accuracy`: of those that meet the drop goal, the one that misses latency and size by least; `latency and size`: of
+    those that meet these, the one that loses least. A side that nothing keeps, or without a goal, is left out.
+    """
+    bounds = limits.to_json()
+    scored = [row for row in rows if row["accuracy_drop"] is not None and is_compressed(row)]
+
+    def excess(row: Row, name: str) -> float:
+        limit, figure = bounds[name], row[MEASURED[name]]
+        return float("-inf") if limit is None else (figure - limit) / max(limit, 1e-9)
+
+    def cost(row: Row) -> float:
+        return max(excess(row, "latency"), excess(row, "bytes"))
+
+    accurate = [row for row in scored if excess(row, "drop") <= 0]
+    cheap = [row for row in scored if cost(row) <= 0]
+    found = {}
+    if accurate and bounds["drop"] is not None:
+        found["accuracy"] = min(accurate, key=cost)
+    if cheap and (bounds["latency"] is not None or bounds["bytes"] is not None):
+        found["latency and size"] = min(cheap, key=lambda row: row["accuracy_drop"])
+    return found
 
 
 def recommended(rows: Sequence[Row]) -> dict[str, Row]:

@@ -17,9 +17,10 @@ from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
 from ranksearch.identity import study_identity
 from ranksearch.listener import Listener, Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import (
+    DEFAULT_SAMPLER,
     ResolvedLimits,
+    check_sampler,
     coordinator_lock,
-    make_sampler,
     open_study,
     optimise,
     read_records,
@@ -43,7 +44,7 @@ def search(
     trials: int | None = None,
     more_trials: int | None = None,
     time_limit_s: float | None = None,
-    sampler: str = "tpe",
+    sampler: str = DEFAULT_SAMPLER,
     home: str | Path = DEFAULT_HOME,
     storage: str | None = None,
     tracking_uri: str | None = None,
@@ -67,7 +68,7 @@ def search(
         tracking_uri=tracking_uri, experiment=experiment, script=script, should_stop=should_stop,
         should_abort=should_abort, started=time.monotonic(),
     )  # fmt: skip
-    make_sampler(sampler, study.seed, 0, 0)
+    check_sampler(sampler)
     resolve_tracking_uri(tracking_uri)
     told = progress or Silent()
     place = StudyHome(Path(home) / study.name)

@@ -11,15 +11,14 @@ from synthetic_study import make_profile
 from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.errors import StudyError
 from ranksearch.optimization.prices import (
-    Table,
     coarse_to_fine,
-    decode,
     price_path,
     price_sweep,
     refine,
     uniform,
 )
 from ranksearch.optimization.space import distributions, n_plans, settled, to_indices, to_params
+from ranksearch.optimization.table import Table, decode
 from ranksearch.plan import DENSE, LayerChoice
 
 figures = st.floats(0, 10, allow_nan=False)

@@ -13,7 +13,7 @@ from synthetic_study import IDENTITY, evaluate_as_predicted, make_profile, opene
 import ranksearch
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
-from ranksearch.optimization import ResolvedLimits, coordinator_lock, read_records, read_study
+from ranksearch.optimization import SAMPLERS, ResolvedLimits, coordinator_lock, read_records, read_study
 from ranksearch.plan import Plan
 
 PROFILE = make_profile()
@@ -94,7 +94,7 @@ def test_a_killed_trial_is_told_to_the_callbacks_of_the_next_run(
     assert told.finished[0].plan == told.failed[0].plan
 
 
-@pytest.mark.parametrize("sampler_name", ["nsga2", "tpe", "random"])
+@pytest.mark.parametrize("sampler_name", SAMPLERS)
 def test_the_same_seed_on_resume_goes_on_as_if_it_had_not_stopped(tmp_path: Path, sampler_name: str) -> None:
     for n_trials in (8, 11, 16):
         with opened(tmp_path) as study:

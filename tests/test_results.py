@@ -11,11 +11,13 @@ from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
 from ranksearch.optimization import ResolvedLimits, TrialRecord
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.results import (
+    Row,
     choose,
     evaluation_row,
     gapped_trials,
     is_compressed,
     judged,
+    nearest,
     recommended,
     resolve_goals,
     study_hypervolume,
@@ -174,6 +176,21 @@ def test_the_chosen_row_is_compressed_feasible_and_least() -> None:
         choose(rows_of(limits=ResolvedLimits(max_drop=0.001)))
     with pytest.raises(StudyError, match="minimize 'speed' is unknown; it is one of latency, size, drop"):
         choose(rows, minimize="speed")
+
+
+def test_nearest_plans_on_each_side_of_goals_that_none_meets() -> None:
+    def row(trial: int, drop: float, latency: float, size: float) -> Row:
+        return evaluation_row(evaluation(8, drop, latency, size), NO_LIMITS) | {"trial": trial}
+
+    rows = [row(0, 0.001, 0.9, 0.8), row(1, 0.002, 0.7, 0.6), row(2, 0.05, 0.4, 0.3), row(3, 0.02, 0.45, 0.4)]
+    limits = ResolvedLimits(max_drop=0.01, max_latency_ratio=0.5)
+    assert {side: found["trial"] for side, found in nearest(rows, limits).items()} == {
+        "accuracy": 1, "latency and size": 3,
+    }  # fmt: skip
+    assert nearest(rows, ResolvedLimits(max_drop=-1.0)) == {}
+    assert list(nearest(rows, ResolvedLimits(max_bytes_ratio=0.1))) == []
+    stopped = row(4, 0.0, 0.1, 0.1) | {"accuracy_drop": None}
+    assert nearest([stopped], limits) == {}
 
 
 def test_dense_is_never_chosen() -> None:

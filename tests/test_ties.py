@@ -9,8 +9,9 @@ from synthetic_study import make_profile
 
 from ranksearch.candidates import Profile
 from ranksearch.errors import StudyError
-from ranksearch.optimization.prices import decode, price_sweep, uniform
+from ranksearch.optimization.prices import price_sweep, uniform
 from ranksearch.optimization.space import settled
+from ranksearch.optimization.table import decode
 from ranksearch.spec import Space, tied_layers
 
 NAMES = [f"blocks.{i}.attn.{part}" for i in range(2) for part in ("query", "key", "value", "out")] + ["head"]

@@ -102,7 +102,7 @@ def run_command(
     max_latency: MaxLatency = None,
     max_size: MaxSize = None,
     seed: Annotated[int | None, typer.Option(help="The study's seed.")] = None,
-    sampler: Annotated[str, typer.Option(help="tpe, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="price, tpe, nsga2 or random.")] = "price",
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
     home: Home = DEFAULT_HOME,

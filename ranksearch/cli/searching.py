@@ -124,6 +124,7 @@ def _search(
     **options: Any,
 ) -> None:  # fmt: skip
     """Runs a study in the terminal, then prints what it found and how to export it."""
+    from ranksearch.results import nearest
     from ranksearch.run import search
 
     with StopSignals(grace_s) as stop, Terminal(options.get("time_limit_s")) as terminal:
@@ -151,6 +152,8 @@ def _search(
     say(f"  ranksearch ui{typed(study=result.home.name, home=home, tracking_uri=tracking_uri)}")
     if not any(row["feasible"] and row["pareto"] and row["origin"] != "control: dense" for row in result.rows):
         say("No compressed plan meets the goals; dense stays the best choice.")
+        for kept, row in nearest(result.rows, result.limits).items():
+            say(f"  nearest that keeps {kept + ':':18} trial {row['trial']}, {row['summary']}")
         raise typer.Exit(EXIT_NO_PLAN)
 
 

@@ -2,24 +2,28 @@
 
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.loop import optimise
-from ranksearch.optimization.prices import decode, price_sweep, uniform
+from ranksearch.optimization.price_sampler import PriceSampler
+from ranksearch.optimization.prices import price_sweep, uniform
 from ranksearch.optimization.records import TrialRecord, front, read_records
-from ranksearch.optimization.samplers import SAMPLERS, make_sampler
+from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, check_sampler
 from ranksearch.optimization.stopping import beaten_by
 from ranksearch.optimization.storage import coordinator_lock
 from ranksearch.optimization.study import open_study, read_study
+from ranksearch.optimization.table import decode
 from ranksearch.optimization.trials import Callbacks
 
 __all__ = [
+    "DEFAULT_SAMPLER",
     "SAMPLERS",
     "Callbacks",
+    "PriceSampler",
     "ResolvedLimits",
     "TrialRecord",
     "beaten_by",
     "coordinator_lock",
     "decode",
     "front",
-    "make_sampler",
+    "check_sampler",
     "open_study",
     "optimise",
     "price_sweep",

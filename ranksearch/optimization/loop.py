@@ -11,9 +11,8 @@ from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, read_records
-from ranksearch.optimization.samplers import make_sampler
+from ranksearch.optimization.samplers import SamplerSetting, default_n_prices, make_sampler
 from ranksearch.optimization.seeds import (
-    default_n_prices,
     enqueue,
     fail_stale,
     fix_seeds,
@@ -60,15 +59,16 @@ def optimise(
     KeyboardInterrupt, with the running plan queued again, where it comes without `should_stop`.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    make_sampler(sampler_name, seed, 0, 0)
-    n_swept = default_n_prices(n_trials) if n_prices is None else n_prices
+    setting = SamplerSetting(profile=profile, objectives=objectives, limits=limits, seed=seed)
+    next_sampler = make_sampler(sampler_name, setting)
+    n_swept = default_n_prices(sampler_name, n_trials) if n_prices is None else n_prices
     seeds = fix_seeds(optuna_study, make_seeds(profile, controls, n_swept, seed, objectives))
     stale = set(fail_stale(optuna_study))
     known = read_records(optuna_study)
     search = Search(
         study=optuna_study, profile=profile, evaluate=evaluate, objectives=objectives, limits=limits,
-        sampler_name=sampler_name, seed=seed, n_trials=n_trials, deadline=deadline, clock=clock,
-        callbacks=callbacks, should_stop=should_stop, seeds=seeds, history=History(known),
+        sampler_name=sampler_name, next_sampler=next_sampler, seed=seed, n_trials=n_trials, deadline=deadline,
+        clock=clock, callbacks=callbacks, should_stop=should_stop, seeds=seeds, history=History(known),
     )  # fmt: skip
     for record in known:
         if record.number in stale:

@@ -1,18 +1,16 @@
-"""Prices: Lagrange multipliers on latency and bytes that, with the candidate table, decode to one plan, exactly."""
+"""Sweeps of prices: the plans that Lagrange multipliers on latency and bytes decode to, from dense to the smallest."""
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ranksearch.candidates import LayerProfile, Profile
 from ranksearch.optimization.space import settled
+from ranksearch.optimization.table import Floats, Table, Tie
 from ranksearch.spec import OBJECTIVES, Objective
 
-Floats = NDArray[np.float64]
 Plans = list[tuple[int, ...]]
 
 # How much latency and bytes weigh in each direction of a sweep. None is zero: among equally fast choices the smaller.
@@ -27,14 +25,6 @@ SMALLEST_COST = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tie:
-    """Layers, by their rows, that share their bits; for each bits on offer, the candidates of each layer in them."""
-
-    rows: tuple[int, ...]
-    alike: tuple[tuple[tuple[int, ...], ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Unit:
     """Rows that are decided together; what they may be, candidates of each row, with their sums of loss and cost."""
 
@@ -42,66 +32,6 @@ class _Unit:
     points: list[tuple[int, ...]]
     loss: Floats
     cost: Floats
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """The candidates as arrays (n_layers, most candidates); latency and bytes as shares of the dense model's.
-
-    Latency is what the profile's latency model makes of a layer's figure, but for what is the same in every plan.
-
-    Rows with fewer candidates are filled up with infinite loss at no cost, which no finite price ever takes.
-    """
-
-    loss: Floats
-    latency: Floats
-    bytes: Floats
-    dense: tuple[int, ...]
-    ties: tuple["Tie", ...] = ()
-
-    @classmethod
-    def of(cls, profile: Profile, losses: Sequence[Sequence[float] | Floats] | None = None) -> Self:
-        """The profile's table; `losses`, one sequence per layer, take the place of the predicted ones."""
-        shape = (len(profile.layers), max((len(layer.candidates) for layer in profile.layers), default=1))
-        loss, latency, n_bytes = np.full(shape, np.inf), np.zeros(shape), np.zeros(shape)
-        for row, layer in enumerate(profile.layers):
-            n = len(layer.candidates)
-            loss[row, :n] = [c.loss for c in layer.candidates] if losses is None else losses[row]
-            latency[row, :n] = [c.latency_ms for c in layer.candidates]
-            n_bytes[row, :n] = [c.n_bytes for c in layer.candidates]
-        return cls(
-            loss=loss,
-            latency=profile.latency_model.slope * latency / profile.dense_latency_ms,
-            bytes=n_bytes / profile.dense_bytes,
-            dense=tuple(layer.dense for layer in profile.layers),
-            ties=tuple(Tie(rows=rows, alike=tuple(profile.alike(rows))) for rows in profile.tied_rows()),
-        )
-
-
-def decode(
-    profile: Profile,
-    latency_price: float,
-    bytes_price: float,
-    losses: Sequence[Sequence[float] | Floats] | None = None,
-) -> tuple[int, ...]:
-    """The plan of least loss + latency_price * latency ratio + bytes_price * bytes ratio, as candidates' indices.
-
-    Prices are in nats per whole dense model, so they mean the same on every model. Exact, since the sum parts into
-    layers and ties; of equals, the first candidate. `losses`, one sequence per layer, take the place of the predicted
-    ones.
-    """
-    table = Table.of(profile, losses)
-    cost = table.loss + latency_price * table.latency + bytes_price * table.bytes
-    plan = [int(i) for i in cost.argmin(axis=1)]
-    for tie in table.ties:
-        settled = [
-            tuple(min(allowed, key=cost[row].__getitem__) for row, allowed in zip(tie.rows, alike, strict=True))
-            for alike in tie.alike
-        ]
-        best = min(settled, key=lambda indices: cost[list(tie.rows), list(indices)].sum())
-        for row, index in zip(tie.rows, best, strict=True):
-            plan[row] = index
-    return tuple(plan)
 
 
 def price_path(table: Table, latency_weight: float, bytes_weight: float) -> Plans:

@@ -1,6 +1,7 @@
-"""The samplers by name, made anew for every trial: their random numbers come from the seed and the trial's number."""
+"""The samplers by name: their random numbers come from the seed and the trial's number."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
@@ -9,11 +10,17 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from ranksearch.candidates import Profile
 from ranksearch.errors import StudyError
+from ranksearch.optimization.limits import ResolvedLimits
+from ranksearch.optimization.price_sampler import N_SEED_PRICES, PriceSampler
+from ranksearch.spec import Objective
 
 # With fewer parents than the first, crossover has nothing to mix; with more than the second, a study of a hundred
 # trials would see two generations.
 POPULATION_SIZES = (12, 50)
+# Of a study that is left to a sampler that knows nothing of prices, three quarters of the trials are prices.
+MOST_PRICES = 60
 
 
 @final
@@ -57,27 +64,71 @@ class SeededNSGAII(BaseSampler):
         self.nsga2.reseed_rng()
 
 
-def _tpe(seed: int, population_size: int) -> BaseSampler:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSetting:
+    """What a sampler may know of a study: its table, what it is to minimise and within which limits, and its seed."""
+
+    profile: Profile
+    objectives: Sequence[Objective]
+    limits: ResolvedLimits
+    seed: int
+
+
+# The sampler for the next trial: given how many trials there are, and how many plans the study begins with.
+NextSampler = Callable[[int, int], BaseSampler]
+
+
+def _price(setting: SamplerSetting) -> NextSampler:
+    sampler = PriceSampler(setting.profile, setting.limits, setting.objectives, setting.seed)
+    return lambda _n_trials, _n_seeds: sampler
+
+
+def _tpe(setting: SamplerSetting) -> NextSampler:
     # With several objectives multivariate is not the default; with one process there are no running trials to avoid.
-    return TPESampler(seed=seed, multivariate=True, constant_liar=False)
+    return lambda n_trials, _n_seeds: TPESampler(
+        seed=derived_seed(setting.seed, n_trials), multivariate=True, constant_liar=False
+    )
 
 
-def _random(seed: int, population_size: int) -> BaseSampler:
-    return RandomSampler(seed=seed)
+def _nsga2(setting: SamplerSetting) -> NextSampler:
+    low, high = POPULATION_SIZES
+    return lambda n_trials, n_seeds: SeededNSGAII(
+        derived_seed(setting.seed, n_trials), population_size=min(max(n_seeds, low), high)
+    )
 
 
-SAMPLERS: dict[str, Callable[[int, int], BaseSampler]] = {"tpe": _tpe, "nsga2": SeededNSGAII, "random": _random}
+def _random(setting: SamplerSetting) -> NextSampler:
+    return lambda n_trials, _n_seeds: RandomSampler(seed=derived_seed(setting.seed, n_trials))
 
 
-def make_sampler(name: str, seed: int, n_trials_so_far: int, n_seeds: int) -> BaseSampler:
-    """The sampler for the next trial: the same for the same study, another for every trial.
+SAMPLERS: dict[str, Callable[[SamplerSetting], NextSampler]] = {
+    "price": _price,
+    "tpe": _tpe,
+    "nsga2": _nsga2,
+    "random": _random,
+}
+DEFAULT_SAMPLER = "price"
 
-    `n_seeds` trials make up the first generation of NSGA-II, within bounds. Raises StudyError for an unknown name.
-    """
+
+def check_sampler(name: str) -> None:
+    """Raises StudyError for an unknown name."""
     if name not in SAMPLERS:
         raise StudyError(f"sampler {name!r} is unknown; choose one of {sorted(SAMPLERS)}")
-    low, high = POPULATION_SIZES
-    return SAMPLERS[name](derived_seed(seed, n_trials_so_far), min(max(n_seeds, low), high))
+
+
+def make_sampler(name: str, setting: SamplerSetting) -> NextSampler:
+    """The sampler of each trial: the same for the same study, its random numbers others for every trial.
+
+    The plans that a study begins with make up NSGA-II's first generation, within bounds. Raises StudyError for an
+    unknown name.
+    """
+    check_sampler(name)
+    return SAMPLERS[name](setting)
+
+
+def default_n_prices(name: str, n_trials: int) -> int:
+    """How many prices are tried before the sampler: those that it begins with itself, or most of the trials."""
+    return N_SEED_PRICES if name == DEFAULT_SAMPLER else min(max(3 * n_trials // 4, N_SEED_PRICES), MOST_PRICES)
 
 
 def derived_seed(seed: int, *numbers: int) -> int:

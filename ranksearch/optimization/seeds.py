@@ -9,6 +9,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.candidates import Profile
+from ranksearch.optimization.price_sampler import N_SEED_PRICES
 from ranksearch.optimization.prices import coarse_to_fine, price_sweep, refine, uniform
 from ranksearch.optimization.records import History, front
 from ranksearch.optimization.samplers import derived_seed
@@ -17,8 +18,6 @@ from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
 SEEDS = "seeds"
-# So many prices span the predicted front; the others go where the measured one has its gaps.
-N_COARSE_PRICES = 6
 # A plan during which the process ended this often is not tried again: it may be what kills it.
 MAX_ATTEMPTS = 3
 N_NEIGHBOURS = 256
@@ -31,11 +30,6 @@ class Seed:
     origin: str
     control: bool
     indices: tuple[int, ...]
-
-
-def default_n_prices(n_trials: int) -> int:
-    """Three quarters of the trials, but six at least, and no more than sixty."""
-    return min(max(3 * n_trials // 4, 6), 60)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +58,8 @@ def make_seeds(
     seeds = [
         Seed(origin=origin, control=True, indices=settled(profile, profile.indices(plan))) for origin, plan in controls
     ]
-    n_coarse = min(n_prices, N_COARSE_PRICES)
+    # So many span the predicted front; the others go where the measured one has its gaps.
+    n_coarse = min(n_prices, N_SEED_PRICES)
     if n_prices > 0:
         swept = coarse_to_fine(price_sweep(profile, n_coarse, seed, objectives))
         seeds.append(Seed(origin="uniform", control=False, indices=uniform(profile)))

@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ranksearch.candidates import Profile
 from ranksearch.errors import RankSearchError, StudyError
 from ranksearch.evaluation import Evaluation
+from ranksearch.optimization.history_reader import sampler_attributes
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, TrialRecord, objective_values, record_of
-from ranksearch.optimization.samplers import make_sampler
+from ranksearch.optimization.samplers import NextSampler
 from ranksearch.optimization.seeds import Seeds, requeue
 from ranksearch.optimization.space import distributions, settled, to_indices
 from ranksearch.plan import Plan
@@ -51,6 +52,7 @@ class Search:
     objectives: Sequence[Objective]
     limits: ResolvedLimits
     sampler_name: str
+    next_sampler: NextSampler
     seed: int
     n_trials: int
     deadline: float | None
@@ -90,7 +92,7 @@ def _ask(search: Search) -> Trial:
     all_tried = len({trial.user_attrs["seed"] for trial in seeds}) == len(search.seeds)
     # Until the last seed is in, the first generation must hold them all; then, those that became complete.
     n_seeds = n_complete if all_tried else len(search.seeds)
-    search.study.sampler = make_sampler(search.sampler_name, search.seed, len(trials), n_seeds)
+    search.study.sampler = search.next_sampler(len(trials), n_seeds)
     return search.study.ask(distributions(search.profile))
 
 
@@ -123,6 +125,8 @@ def _run(search: Search, trial: Trial, plan: Plan) -> TrialRecord:
 def _finish(search: Search, trial: Trial, evaluation: Evaluation) -> TrialRecord:
     """Tells what was measured: COMPLETE, or PRUNED where the plan was stopped on the ladder."""
     # pydantic would write null for what is not a number, such as a prediction that nobody made, and not read it back.
+    for name, value in sampler_attributes(evaluation).items():
+        trial.set_user_attr(name, value)
     trial.set_user_attr("evaluation", json.dumps(evaluation.model_dump(mode="json", by_alias=True)))
     stopped = evaluation.stopped is not None or evaluation.rung == "latency" or evaluation.accuracy_drop is None
     record = _tell(search, trial, evaluation, TrialState.PRUNED if stopped else TrialState.COMPLETE)

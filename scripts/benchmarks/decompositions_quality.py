@@ -9,7 +9,8 @@ from decompositions_networks import Subject
 
 import ranksearch as rs
 from ranksearch.compression import compress, count_params
-from ranksearch.optimization.prices import Table, price_path
+from ranksearch.optimization.prices import price_path
+from ranksearch.optimization.table import Table
 from ranksearch.plan import Plan
 from ranksearch.recovery import reestimate_batchnorm
 from ranksearch.scoring import paired_drop, score_model
