@@ -19,8 +19,9 @@ from ranksearch.listener import Listener, Progress, Silent, open_tracker, prepar
 from ranksearch.optimization import (
     DEFAULT_SAMPLER,
     ResolvedLimits,
-    check_sampler,
     coordinator_lock,
+    find_sampler,
+    measure_weights,
     open_study,
     optimise,
     read_records,
@@ -68,7 +69,7 @@ def search(
         tracking_uri=tracking_uri, experiment=experiment, script=script, should_stop=should_stop,
         should_abort=should_abort, started=time.monotonic(),
     )  # fmt: skip
-    check_sampler(sampler)
+    find_sampler(sampler)
     resolve_tracking_uri(tracking_uri)
     told = progress or Silent()
     place = StudyHome(Path(home) / study.name)
@@ -227,6 +228,7 @@ def _run_trials(
         clock=time.monotonic,
         callbacks=listener,
         should_stop=request.should_stop,
+        weight_errors=lambda: measure_weights(bench.source, session.factorisations, session.profile),
     )
 
 

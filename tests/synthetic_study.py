@@ -10,6 +10,7 @@ from typing import Any
 from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.evaluation import Evaluation
 from ranksearch.optimization import ResolvedLimits, TrialRecord, open_study, optimise
+from ranksearch.optimization.weight_errors import WeightErrors
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.spec import OBJECTIVES
 
@@ -58,6 +59,13 @@ def evaluate_as_predicted(profile: Profile, **changes: Any) -> Callable[[Plan], 
     return evaluate
 
 
+def make_errors(profile: Profile | None = None) -> WeightErrors:
+    """Weights of which a candidate keeps the less the more it loses."""
+    layers = (profile or make_profile()).layers
+    lost = tuple(tuple(min(10 * c.loss, 0.99) for c in layer.candidates) for layer in layers)
+    return WeightErrors(energy_lost=lost, spectral_error=lost, weakening=lost)
+
+
 def make_controls(profile: Profile) -> list[tuple[str, Plan]]:
     """Dense, and every layer at 8 bits."""
     dense = profile.plan([layer.dense for layer in profile.layers])
@@ -90,7 +98,7 @@ def search(study: Any, profile: Profile, evaluate: Callable[[Plan], Evaluation] 
     arguments: dict[str, Any] = {
         "objectives": OBJECTIVES, "limits": NO_LIMITS, "controls": make_controls(profile), "sampler_name": "nsga2",
         "seed": 0, "n_trials": 12, "deadline": None, "clock": time.monotonic, "callbacks": told,
-        "should_stop": lambda: False,
+        "should_stop": lambda: False, "weight_errors": lambda: make_errors(profile),
     }  # fmt: skip
     optimise(study, profile, evaluate or evaluate_as_predicted(profile), **(arguments | changes))
     return changes.get("callbacks", told)

@@ -6,7 +6,17 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
-from synthetic_study import INT8, NO_LIMITS, Told, evaluate_as_predicted, make_controls, make_profile, opened, search
+from synthetic_study import (
+    INT8,
+    NO_LIMITS,
+    Told,
+    evaluate_as_predicted,
+    make_controls,
+    make_errors,
+    make_profile,
+    opened,
+    search,
+)
 
 from ranksearch.candidates import LayerProfile, Profile
 from ranksearch.errors import MeasurementError, StudyError
@@ -58,20 +68,23 @@ def test_controls_come_first_then_uniform_then_prices_then_the_sampler(sampler_n
     assert [record.control for record in found[:3]] == [True, True, False]
 
 
-def test_prices_beyond_the_first_six_fill_gaps_between_members_of_the_front() -> None:
+def test_published_rules_have_nothing_but_the_controls_before_them() -> None:
     with opened() as study:
-        search(study, PROFILE, n_trials=16, n_prices=12)
-        found = read_records(study)
-    prices = [record for record in found if record.origin == "prices"]
-    coarse = [PROFILE.plan(plan) for plan in price_sweep(PROFILE, 6, 0)]
-    refined = [record for record in prices if record.plan not in coarse]
-    assert len(refined) == 6
-    for record in refined:
-        ratios = [
-            r.evaluation.latency_ratio + r.evaluation.bytes_ratio for r in front(found, OBJECTIVES) if r.evaluation
-        ]
-        assert record.evaluation is not None
-        assert min(ratios) <= record.evaluation.latency_ratio + record.evaluation.bytes_ratio <= max(ratios)
+        told = search(study, PROFILE, sampler_name="energy", n_trials=10)
+    assert [origin for _, origin in told.started[:3]] == ["dense", "int8", "energy"]
+
+
+def test_a_sampler_of_ones_own_is_named_by_its_module() -> None:
+    with opened() as study:
+        told = search(study, PROFILE, sampler_name="optuna.samplers:RandomSampler", n_trials=14)
+    assert told.started[-1][1] in ("optuna.samplers:RandomSampler", "neighbour")
+    for name, reason in (
+        ("nowhere:Sampler", "cannot be imported: No module named 'nowhere'"),
+        ("optuna.samplers:Nothing", "cannot be imported"),
+        ("json:JSONDecoder", "no class of optuna.samplers.BaseSampler"),
+    ):
+        with opened() as study, pytest.raises(StudyError, match=reason):
+            search(study, PROFILE, sampler_name=name)
 
 
 @pytest.mark.parametrize("sampler_name", SAMPLERS)
@@ -116,7 +129,9 @@ def test_seeds_become_the_parents_of_nsga2() -> None:
     with opened() as study:
         search(study, PROFILE, mild, sampler_name="nsga2", n_trials=40, n_prices=18)
         trials = study.get_trials(deepcopy=False)
-        setting = SamplerSetting(profile=PROFILE, objectives=OBJECTIVES, limits=NO_LIMITS, seed=0)
+        setting = SamplerSetting(
+            profile=PROFILE, objectives=OBJECTIVES, limits=NO_LIMITS, seed=0, weight_errors=make_errors
+        )
         sampler = make_sampler("nsga2", setting)(len(trials), 21)
         seeds = [trial.number for trial in trials if "seed" in trial.user_attrs]
         parents = sampler.nsga2.get_parent_population(study, 1)  # type: ignore[attr-defined]
@@ -285,7 +300,7 @@ def test_plans_may_be_enqueued_by_hand_and_bad_ones_fail() -> None:
 
 def test_unknown_samplers_and_controls_outside_the_table_are_refused() -> None:
     with opened() as study:
-        with pytest.raises(StudyError, match="sampler 'cma' is unknown; choose one of .*price"):
+        with pytest.raises(StudyError, match="sampler 'cma' is unknown; choose one of price, tpe, .* as module:Class"):
             search(study, PROFILE, sampler_name="cma")
         outside = Plan(layers={"block.0.conv": INT8.model_copy(update={"weight_bits": 4})})
         with pytest.raises(StudyError, match="layer 'block.0.conv': none 4/8 is not among its candidates"):

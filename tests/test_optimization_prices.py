@@ -1,7 +1,6 @@
 """Prices decode exactly; sweeps span the front; the space is a bijection."""
 
 import itertools
-import math
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,6 @@ from ranksearch.optimization.prices import (
     coarse_to_fine,
     price_path,
     price_sweep,
-    refine,
     uniform,
 )
 from ranksearch.optimization.space import distributions, n_plans, settled, to_indices, to_params
@@ -126,35 +124,6 @@ def test_coarse_to_fine_keeps_every_plan_ends_first() -> None:
     plans = [(i,) for i in range(9)]
     assert coarse_to_fine(plans)[:3] == [(0,), (8,), (4,)]
     assert sorted(coarse_to_fine(plans)) == plans
-
-
-def test_a_refined_plan_is_the_farthest_from_all_that_was_tried_within_the_front() -> None:
-    profile = make_profile(20)
-    table = Table.of(profile)
-    tried = price_sweep(profile, 6, seed=0)
-    front = tried[2:]
-
-    def log_cost(plan: tuple[int, ...]) -> float:
-        return math.log(sum(table.latency[row, i] + table.bytes[row, i] for row, i in enumerate(plan)))
-
-    def distance(plan: tuple[int, ...]) -> float:
-        return min(abs(log_cost(plan) - log_cost(other)) for other in tried)
-
-    refined = refine(profile, tried, front, number=0)
-    low, high = min(map(log_cost, front)), max(map(log_cost, front))
-    inside = [plan for plan in price_path(table, 0.5, 0.5) if low < log_cost(plan) < high]
-    assert refined in inside and distance(refined) > 0.0
-    assert distance(refined) == pytest.approx(max(map(distance, inside)))
-
-
-def test_gaps_are_filled_until_no_price_gives_a_new_plan() -> None:
-    profile = make_profile()
-    tried = price_sweep(profile, 2, seed=0)
-    while (plan := refine(profile, tried, tried, number=len(tried))) is not None:
-        assert plan not in tried
-        tried.append(plan)
-    assert set(price_path(Table.of(profile), 0.5, 0.5)) <= set(tried)
-    assert refine(profile, tried, [], number=0) is None
 
 
 @settings(max_examples=30, deadline=None)

@@ -5,12 +5,13 @@ from ranksearch.optimization.loop import optimise
 from ranksearch.optimization.price_sampler import PriceSampler
 from ranksearch.optimization.prices import price_sweep, uniform
 from ranksearch.optimization.records import TrialRecord, front, read_records
-from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, check_sampler
+from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, find_sampler
 from ranksearch.optimization.stopping import beaten_by
 from ranksearch.optimization.storage import coordinator_lock
 from ranksearch.optimization.study import open_study, read_study
 from ranksearch.optimization.table import decode
 from ranksearch.optimization.trials import Callbacks
+from ranksearch.optimization.weight_errors import measure_weights
 
 __all__ = [
     "DEFAULT_SAMPLER",
@@ -23,7 +24,8 @@ __all__ = [
     "coordinator_lock",
     "decode",
     "front",
-    "check_sampler",
+    "find_sampler",
+    "measure_weights",
     "open_study",
     "optimise",
     "price_sweep",

@@ -31,7 +31,7 @@ LEAST_SLOPE = 0.1
 # How far off a fitted drop is, relative to itself and at least; more where the residuals say so.
 RELATIVE_ERROR, LEAST_ERROR = 0.15, 0.02
 DISTANCE_ERROR = 0.2  # of its logarithm
-N_AS_EXPECTED, LARGEST_EXCESS = 5, 9.0
+N_AS_EXPECTED, LARGEST_EXCESS, LEAST_SCALE = 5, 9.0, 0.5
 N_STEPS = 6
 LARGEST_STEP = 1.0
 
@@ -261,9 +261,9 @@ class _Rows:
 
     def _scale(self, fitted: Floats) -> float:
         """Noise taken out, and against a few that are off as expected."""
-        excess = np.maximum((self.drops - fitted) ** 2 - self.noise**2, 0.0) / _errors(fitted) ** 2
-        total = N_AS_EXPECTED + np.minimum(excess, LARGEST_EXCESS).sum()
-        return float(np.sqrt(total / (N_AS_EXPECTED + len(excess))))
+        squares = np.minimum(((self.drops - fitted) ** 2 - self.noise**2) / _errors(fitted) ** 2, LARGEST_EXCESS)
+        mean = (N_AS_EXPECTED + squares.sum()) / (N_AS_EXPECTED + len(squares))
+        return float(np.sqrt(max(mean, LEAST_SCALE**2)))
 
 
 def _prior(table: LossTable) -> tuple[Floats, Floats]:

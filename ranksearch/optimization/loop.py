@@ -22,6 +22,7 @@ from ranksearch.optimization.seeds import (
 )
 from ranksearch.optimization.space import n_plans, to_params
 from ranksearch.optimization.trials import Callbacks, Search, try_next
+from ranksearch.optimization.weight_errors import WeightErrors, no_weight_errors
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
@@ -47,11 +48,13 @@ def optimise(
     callbacks: Callbacks,
     should_stop: Callable[[], bool],
     n_prices: int | None = None,
+    weight_errors: Callable[[], WeightErrors] = no_weight_errors,
 ) -> None:
     """Tries plans until the study has `n_trials`, time is up, it shall stop, or every plan was tried.
 
-    First the controls, then a uniform plan and `n_prices` prices (0: neither), then the sampler. Trials
-    that an earlier process left unfinished come before all else. No plan runs twice. A trial that cannot end before
+    First the controls, then a uniform plan and `n_prices` prices (0: neither), then the sampler, which may ask for the
+    `weight_errors`. Trials that an earlier process left unfinished come before all else. No plan runs twice. A trial
+    that cannot end before
     `deadline`, on `clock`, by the mean time so far, is not started. `n_trials` is the study's total of complete and
     pruned trials; controls and duplicates do not count.
 
@@ -59,9 +62,11 @@ def optimise(
     KeyboardInterrupt, with the running plan queued again, where it comes without `should_stop`.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    setting = SamplerSetting(profile=profile, objectives=objectives, limits=limits, seed=seed)
+    setting = SamplerSetting(
+        profile=profile, objectives=objectives, limits=limits, seed=seed, weight_errors=weight_errors
+    )
     next_sampler = make_sampler(sampler_name, setting)
-    n_swept = default_n_prices(sampler_name, n_trials) if n_prices is None else n_prices
+    n_swept = default_n_prices(sampler_name) if n_prices is None else n_prices
     seeds = fix_seeds(optuna_study, make_seeds(profile, controls, n_swept, seed, objectives))
     stale = set(fail_stale(optuna_study))
     known = read_records(optuna_study)
@@ -97,7 +102,7 @@ def _finished(search: Search) -> bool:
     if search.history.n_counted < search.n_trials:
         return False
     tried = {record.plan.hash() for record in search.history.records if not record.queued_again}
-    controls = [search.profile.plan(seed.indices).hash() for seed in search.seeds.fixed if seed.control]
+    controls = [search.profile.plan(seed.indices).hash() for seed in search.seeds if seed.control]
     return all(control in tried for control in controls)
 
 
@@ -111,7 +116,7 @@ def _enqueue_next(search: Search) -> bool:
     if any(trial.state is TrialState.WAITING for trial in trials):
         return True
     asked = {trial.user_attrs["seed"] for trial in trials if "seed" in trial.user_attrs}
-    planned = next_seed(search.seeds, asked, search.profile, search.history, search.objectives)
+    planned = next_seed(search.seeds, asked)
     if planned is not None:
         number, seed = planned
         params = to_params(search.profile, seed.indices)

@@ -94,34 +94,6 @@ def price_sweep(
     return ends[:1] + inner + ends[1:]
 
 
-def refine(
-    profile: Profile,
-    tried: Sequence[tuple[int, ...]],
-    front: Sequence[tuple[int, ...]],
-    number: int,
-    objectives: Sequence[Objective] = OBJECTIVES,
-) -> tuple[int, ...] | None:
-    """The plan of some price, within the span of the front, whose cost is farthest from that of any tried plan.
-
-    Costs are predicted, and compared in the logarithm. `number` chooses the direction, half of them weighing latency
-    and bytes alike. None where no price decodes to an untried plan within the span, whatever the direction.
-    """
-    table = Table.of(profile)
-    directions = _directions(objectives)
-    turns = [directions[0], *directions[1:2], directions[0], *directions[2:]]
-    for turn in range(len(turns)):
-        weights = turns[(number + turn) % len(turns)]
-        ends = _log_costs(table, front, weights)
-        taken = _log_costs(table, tried, weights)
-        free = [plan for plan in dict.fromkeys(price_path(table, *weights)) if plan not in set(tried)]
-        costs = _log_costs(table, free, weights)
-        inside = (costs > ends.min(initial=np.inf)) & (costs < ends.max(initial=-np.inf))
-        if inside.any():
-            distances = np.abs(costs[:, None] - taken[None, :]).min(axis=1, initial=np.inf)
-            return free[int(np.where(inside, distances, -1.0).argmax())]
-    return None
-
-
 def uniform(profile: Profile, share: float = 0.5) -> tuple[int, ...]:
     """For every layer the candidate of least loss that takes at most `share` of the undecomposed layer at its best.
 

@@ -1,7 +1,9 @@
 """The samplers by name: their random numbers come from the seed and the trial's number."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -14,13 +16,14 @@ from ranksearch.candidates import Profile
 from ranksearch.errors import StudyError
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.price_sampler import N_SEED_PRICES, PriceSampler
+from ranksearch.optimization.rule_sampler import ORDERS, RuleSampler
+from ranksearch.optimization.rules import NEED_WEIGHT_ERRORS
+from ranksearch.optimization.weight_errors import WeightErrors
 from ranksearch.spec import Objective
 
 # With fewer parents than the first, crossover has nothing to mix; with more than the second, a study of a hundred
 # trials would see two generations.
 POPULATION_SIZES = (12, 50)
-# Of a study that is left to a sampler that knows nothing of prices, three quarters of the trials are prices.
-MOST_PRICES = 60
 
 
 @final
@@ -66,12 +69,16 @@ class SeededNSGAII(BaseSampler):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplerSetting:
-    """What a sampler may know of a study: its table, what it is to minimise and within which limits, and its seed."""
+    """What a sampler may know of a study: its table, what it is to minimise and within which limits, and its seed.
+
+    `weight_errors` measures the weights, for rules that go by them.
+    """
 
     profile: Profile
     objectives: Sequence[Objective]
     limits: ResolvedLimits
     seed: int
+    weight_errors: Callable[[], WeightErrors]
 
 
 # The sampler for the next trial: given how many trials there are, and how many plans the study begins with.
@@ -101,34 +108,59 @@ def _random(setting: SamplerSetting) -> NextSampler:
     return lambda n_trials, _n_seeds: RandomSampler(seed=derived_seed(setting.seed, n_trials))
 
 
+def _rule(rule: str, setting: SamplerSetting) -> NextSampler:
+    errors = setting.weight_errors() if rule in NEED_WEIGHT_ERRORS else None
+    sampler = RuleSampler(setting.profile, rule, errors, objectives=setting.objectives, seed=setting.seed)
+    return lambda _n_trials, _n_seeds: sampler
+
+
 SAMPLERS: dict[str, Callable[[SamplerSetting], NextSampler]] = {
     "price": _price,
     "tpe": _tpe,
     "nsga2": _nsga2,
     "random": _random,
+    **{rule: partial(_rule, rule) for rule in ORDERS},
 }
 DEFAULT_SAMPLER = "price"
 
 
-def check_sampler(name: str) -> None:
-    """Raises StudyError for an unknown name."""
-    if name not in SAMPLERS:
-        raise StudyError(f"sampler {name!r} is unknown; choose one of {sorted(SAMPLERS)}")
+def find_sampler(name: str) -> Callable[[SamplerSetting], NextSampler]:
+    """The sampler of that name, or the class that `module:Class` names, made with a seed for every trial.
+
+    Raises StudyError where there is none.
+    """
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise StudyError(
+            f"sampler {name!r} is unknown; choose one of {', '.join(SAMPLERS)}, or name one of your own as module:Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise StudyError(f"sampler {name!r} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, BaseSampler)):
+        raise StudyError(f"sampler {name!r} is no class of optuna.samplers.BaseSampler")
+    return partial(_of_class, found)
+
+
+def _of_class(found: Callable[..., BaseSampler], setting: SamplerSetting) -> NextSampler:
+    return lambda n_trials, _n_seeds: found(seed=derived_seed(setting.seed, n_trials))
 
 
 def make_sampler(name: str, setting: SamplerSetting) -> NextSampler:
     """The sampler of each trial: the same for the same study, its random numbers others for every trial.
 
-    The plans that a study begins with make up NSGA-II's first generation, within bounds. Raises StudyError for an
-    unknown name.
+    The plans that a study begins with make up NSGA-II's first generation, within bounds. Raises StudyError for a name
+    that is none.
     """
-    check_sampler(name)
-    return SAMPLERS[name](setting)
+    return find_sampler(name)(setting)
 
 
-def default_n_prices(name: str, n_trials: int) -> int:
-    """How many prices are tried before the sampler: those that it begins with itself, or most of the trials."""
-    return N_SEED_PRICES if name == DEFAULT_SAMPLER else min(max(3 * n_trials // 4, N_SEED_PRICES), MOST_PRICES)
+def default_n_prices(name: str) -> int:
+    """How many prices are tried before the sampler; a published rule has nothing beside the controls."""
+    return 0 if name in ORDERS else N_SEED_PRICES
 
 
 def derived_seed(seed: int, *numbers: int) -> int:

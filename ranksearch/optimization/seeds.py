@@ -9,9 +9,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.candidates import Profile
-from ranksearch.optimization.price_sampler import N_SEED_PRICES
-from ranksearch.optimization.prices import coarse_to_fine, price_sweep, refine, uniform
-from ranksearch.optimization.records import History, front
+from ranksearch.optimization.prices import coarse_to_fine, price_sweep, uniform
+from ranksearch.optimization.records import History
 from ranksearch.optimization.samplers import derived_seed
 from ranksearch.optimization.space import n_plans, settled, to_params
 from ranksearch.plan import Plan
@@ -32,78 +31,43 @@ class Seed:
     indices: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seeds:
-    """What is tried before the sampler has its say: plans fixed at the start, then `n_refined` that fill gaps."""
-
-    fixed: Sequence[Seed]
-    n_refined: int
-
-    def __len__(self) -> int:
-        return len(self.fixed) + self.n_refined
-
-
 def make_seeds(
     profile: Profile,
     controls: Sequence[tuple[str, Plan]],
     n_prices: int,
     seed: int,
     objectives: Sequence[Objective],
-) -> Seeds:
-    """The controls in order, a uniform plan, six of the price sweep from coarse to fine, each plan once; the other
-    prices are left to gaps in the front.
+) -> list[Seed]:
+    """The controls in order, a uniform plan, and a price sweep of so many from coarse to fine; each plan once.
 
     With `n_prices` 0 the controls alone. Raises StudyError for a control that is not in the table.
     """
     seeds = [
         Seed(origin=origin, control=True, indices=settled(profile, profile.indices(plan))) for origin, plan in controls
     ]
-    # So many span the predicted front; the others go where the measured one has its gaps.
-    n_coarse = min(n_prices, N_SEED_PRICES)
     if n_prices > 0:
-        swept = coarse_to_fine(price_sweep(profile, n_coarse, seed, objectives))
+        swept = coarse_to_fine(price_sweep(profile, n_prices, seed, objectives))
         seeds.append(Seed(origin="uniform", control=False, indices=uniform(profile)))
         seeds += [Seed(origin="prices", control=False, indices=indices) for indices in swept]
     firsts: dict[tuple[int, ...], Seed] = {}
     for planned in seeds:
         firsts.setdefault(planned.indices, planned)
-    return Seeds(fixed=list(firsts.values()), n_refined=n_prices - n_coarse)
+    return list(firsts.values())
 
 
-def fix_seeds(study: Study, seeds: Seeds) -> Seeds:
+def fix_seeds(study: Study, seeds: Sequence[Seed]) -> list[Seed]:
     """The study's own seeds: those it was begun with, else these, which it is begun with from now on."""
     if SEEDS not in study.user_attrs:
-        stored = [[seed.origin, seed.control, list(seed.indices)] for seed in seeds.fixed]
-        study.set_user_attr(SEEDS, {"fixed": stored, "n_refined": seeds.n_refined})
-    begun = study.user_attrs[SEEDS]
-    fixed = [
-        Seed(origin=origin, control=control, indices=tuple(indices)) for origin, control, indices in begun["fixed"]
+        study.set_user_attr(SEEDS, [[seed.origin, seed.control, list(seed.indices)] for seed in seeds])
+    return [
+        Seed(origin=origin, control=control, indices=tuple(indices))
+        for origin, control, indices in study.user_attrs[SEEDS]
     ]
-    return Seeds(fixed=fixed, n_refined=begun["n_refined"])
 
 
-def next_seed(
-    seeds: Seeds, asked: set[int], profile: Profile, history: History, objectives: Sequence[Objective]
-) -> tuple[int, Seed] | None:
-    """The first seed whose number was not `asked` for, with that number; None where the sampler has its turn.
-
-    A gap is filled as the history stands, which is why these plans are not known before.
-    """
-    left = [number for number in range(len(seeds)) if number not in asked]
-    if not left:
-        return None
-    if left[0] < len(seeds.fixed):
-        return left[0], seeds.fixed[left[0]]
-    tried = [profile.indices(record.plan) for record in history.records]
-    best = [profile.indices(record.plan) for record in front(history.records, objectives)]
-    indices = refine(_corrected(profile, history), tried, best, left[0] - len(seeds.fixed), objectives)
-    return None if indices is None else (left[0], Seed(origin="prices", control=False, indices=indices))
-
-
-def _corrected(profile: Profile, history: History) -> Profile:
-    """The profile, its latency model fitted to what the study's own trials measured as well."""
-    measured = [(r.plan, r.evaluation.latency_ratio) for r in history.records if r.evaluation is not None]
-    return profile.corrected([profile.indices(plan) for plan, _ in measured], [ratio for _, ratio in measured])
+def next_seed(seeds: Sequence[Seed], asked: set[int]) -> tuple[int, Seed] | None:
+    """The first seed whose number was not `asked` for, with that number; None where the sampler has its turn."""
+    return next(((number, seed) for number, seed in enumerate(seeds) if number not in asked), None)
 
 
 def enqueue(study: Study, params: dict[str, int], **attributes: Any) -> None:

@@ -17,7 +17,7 @@ from ranksearch.optimization.history_reader import sampler_attributes
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, TrialRecord, objective_values, record_of
 from ranksearch.optimization.samplers import NextSampler
-from ranksearch.optimization.seeds import Seeds, requeue
+from ranksearch.optimization.seeds import Seed, requeue
 from ranksearch.optimization.space import distributions, settled, to_indices
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
@@ -59,7 +59,7 @@ class Search:
     clock: Callable[[], float]
     callbacks: Callbacks
     should_stop: Callable[[], bool]
-    seeds: Seeds
+    seeds: Sequence[Seed]
     history: History
 
 
