@@ -31,7 +31,7 @@ MAX_CURVE_POINTS = 40
 N_LATENCY_BLOCKS, NARROW, MAX_LATENCY_SECONDS = 12, 0.02, 1.0
 
 FRONT_COLUMNS = (
-    "trial", "run_id", "summary", "accuracy", "accuracy_drop", "drop_low", "drop_high",
+    "trial", "run_id", "summary", "accuracy", "accuracy_drop", "drop_low", "drop_high", "estimated_drop",
     "latency_ms", "latency_p95_ms", "latency_ratio", "ratio_low", "ratio_high",
     "model_bytes", "bytes_ratio", "n_params", "macs",
     "feasible", "surely_feasible", "pareto", "rung", "origin",

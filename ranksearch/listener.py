@@ -6,7 +6,15 @@ from typing import Any, Protocol, final
 
 from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, read_json
-from ranksearch.optimization import ResolvedLimits, TrialRecord, beaten_by, front
+from ranksearch.optimization import (
+    Estimates,
+    ResolvedLimits,
+    TrialRecord,
+    beaten_by,
+    drop_unit,
+    estimated_drops,
+    front,
+)
 from ranksearch.plan import Plan
 from ranksearch.recovery import Step
 from ranksearch.results import Row, gapped_trials, study_hypervolume, trial_rows
@@ -69,6 +77,7 @@ class Listener:
 
     objectives: Sequence[Objective]
     limits: ResolvedLimits
+    session: Session
     home: StudyHome
     tracker: Tracker
     told: Progress
@@ -94,7 +103,7 @@ class Listener:
         rows = self.rows()
         row = next(row for row in rows if row["trial"] == record.number)
         self._track(record, row)
-        self.tracker.update_front(rows, study_hypervolume(self.history), step=record.number)
+        self.tracker.update_front(rows, self._hypervolume(), step=record.number)
         front = {r["trial"] for r in rows if r["pareto"]}
         keep_within(
             self.home.plans,
@@ -127,18 +136,25 @@ class Listener:
         """Ends the study's run in MLflow with front and pictures."""
         rows = self.rows()
         self.told.stage("writing the front to MLflow")
-        self.tracker.update_front(rows, study_hypervolume(self.history), step=len(self.history))
+        self.tracker.update_front(rows, self._hypervolume(), step=len(self.history))
         self.tracker.finish([*rows, *self.controls], title=self.home.name, status=status)
 
     def beaten_by(self, figures: Mapping[str, Any]) -> str | None:
         """Why a plan of these figures is not worth training, by the trials so far; None where it may be."""
         trained = {r.number: r.evaluation for r in self.history if r.state == "complete" and r.evaluation is not None}
-        members = [record.number for record in front(self.history, self.objectives)]
+        members = [record.number for record in front(self.history, self.objectives, self._estimates())]
         return beaten_by(figures, trained, members)
 
     def rows(self) -> list[Row]:
         """Every evaluated plan as it stands now."""
-        return trial_rows(self.history, self.objectives, self.limits, read_json(self.home.remeasured))
+        remeasured = read_json(self.home.remeasured)
+        return trial_rows(self.history, self.objectives, self.limits, remeasured, self._estimates())
+
+    def _hypervolume(self) -> float:
+        return study_hypervolume(self.history, self._estimates())
+
+    def _estimates(self) -> Estimates:
+        return estimated_drops(self.session.profile, self.history, drop_unit(self.session.dense_accuracy))
 
     def gapped(self) -> list[int]:
         """The trials that are off the front, since the runtime scores them otherwise than torch."""

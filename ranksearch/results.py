@@ -5,7 +5,7 @@ from typing import Any
 
 from ranksearch.errors import NoPlanError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
-from ranksearch.optimization import ResolvedLimits, TrialRecord, front
+from ranksearch.optimization import Estimates, ResolvedLimits, TrialRecord, front
 from ranksearch.pareto import REFERENCE_POINT, hypervolume, knee
 from ranksearch.plan import Plan
 from ranksearch.remeasure import Figures, has_gap
@@ -22,14 +22,17 @@ def trial_rows(
     objectives: Sequence[Objective],
     limits: ResolvedLimits,
     remeasured: Mapping[str, Figures],
+    estimates: Estimates,
 ) -> list[Row]:
     """One row per plan that has values, in the order of the trials.
 
     Latencies measured anew stand in place of those of the trial, and feasibility is judged by them; a plan whose
-    accuracy on the runtime is not that of torch is off the front, and keeps no other off it.
+    accuracy on the runtime is not that of torch is off the front, and keeps no other off it. Front and drop goal are
+    decided on the `estimates`, where there are any.
     """
     gapped = gapped_trials(records, remeasured)
-    on_front = {record.number for record in front([r for r in records if r.number not in gapped], objectives)}
+    judgeable = [record for record in records if record.number not in gapped]
+    on_front = {record.number for record in front(judgeable, objectives, estimates)}
     rows = []
     for record in records:
         if record.evaluation is None or record.duplicate_of is not None:
@@ -38,7 +41,7 @@ def trial_rows(
             name: value for name, value in remeasured.get(record.plan.hash(), {}).items() if name in FRONT_COLUMNS
         }
         row |= {"trial": record.number, "run_id": record.run_id, "origin": record.origin}
-        row["pareto"] = record.number in on_front
+        row |= {"pareto": record.number in on_front, "estimated_drop": estimates.get(record.number)}
         rows.append(judged(row, limits) | {"summary": summary(record.plan, row)})
     return rows
 
@@ -57,7 +60,7 @@ def evaluation_row(evaluation: Evaluation, limits: ResolvedLimits) -> Row:
 def judged(row: Row, limits: ResolvedLimits) -> Row:
     """The row with its feasibility under these limits, by its present figures."""
     bounds = limits.to_json()
-    estimates = {"drop": row["accuracy_drop"], "latency": row["latency_ratio"], "bytes": row["bytes_ratio"]}
+    estimates = {"drop": likely_drop(row), "latency": row["latency_ratio"], "bytes": row["bytes_ratio"]}
     worst = {"drop": row["drop_high"], "latency": row["ratio_high"], "bytes": row["bytes_ratio"]}
 
     def meets(figures: Mapping[str, float | None]) -> bool:
@@ -68,6 +71,12 @@ def judged(row: Row, limits: ResolvedLimits) -> Row:
 
     complete = row["accuracy_drop"] is not None
     return {**row, "feasible": complete and meets(estimates), "surely_feasible": complete and meets(worst)}
+
+
+def likely_drop(row: Row) -> float | None:
+    """The row's drop by the best estimate there is."""
+    estimate: float | None = row.get("estimated_drop")
+    return row["accuracy_drop"] if estimate is None else estimate
 
 
 def _columns(evaluation: Evaluation) -> Row:
@@ -88,10 +97,10 @@ def summary(plan: Plan, row: Mapping[str, Any]) -> str:
     return f"{what}: {', '.join(figures)}"
 
 
-def study_hypervolume(records: Sequence[TrialRecord]) -> float:
-    """The hypervolume of the complete trials, controls included, in (drop, latency ratio, bytes ratio)."""
+def study_hypervolume(records: Sequence[TrialRecord], estimates: Estimates) -> float:
+    """The hypervolume of the complete trials, controls included, in (estimated drop, latency ratio, bytes ratio)."""
     losses = [
-        [r.evaluation.accuracy_drop, r.evaluation.latency_ratio, r.evaluation.bytes_ratio]
+        [estimates.get(r.number, r.evaluation.accuracy_drop), r.evaluation.latency_ratio, r.evaluation.bytes_ratio]
         for r in records
         if r.state == "complete" and r.evaluation is not None and r.evaluation.accuracy_drop is not None
     ]

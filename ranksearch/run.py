@@ -20,6 +20,7 @@ from ranksearch.optimization import (
     DEFAULT_SAMPLER,
     ResolvedLimits,
     coordinator_lock,
+    drop_unit,
     find_sampler,
     measure_weights,
     open_study,
@@ -171,7 +172,7 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
         remember_script(place, request.script)
         stage("opening MLflow")
         tracker = open_tracker(bench, session, request.tracking_uri, request.experiment, request.sampler)
-        listener = Listener(spec.objectives, limits, place, tracker, told, read_records(optuna_study))
+        listener = Listener(spec.objectives, limits, session, place, tracker, told, read_records(optuna_study))
         with _ended(listener, request.should_stop):
             stage("measuring controls")
             listener.controls[:] = measure_controls(bench, place, session.dense_latency_ms, stage)
@@ -228,6 +229,7 @@ def _run_trials(
         clock=time.monotonic,
         callbacks=listener,
         should_stop=request.should_stop,
+        drop_unit=drop_unit(session.dense_accuracy),
         weight_errors=lambda: measure_weights(bench.source, session.factorisations, session.profile),
     )
 

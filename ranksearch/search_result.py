@@ -10,10 +10,18 @@ from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, export_bundle
 from ranksearch.home import StudyHome, read_json
-from ranksearch.optimization import ResolvedLimits, read_records, read_study
+from ranksearch.optimization import (
+    Estimates,
+    ResolvedLimits,
+    TrialRecord,
+    drop_unit,
+    estimated_drops,
+    read_records,
+    read_study,
+)
 from ranksearch.plan import Plan, Provenance
 from ranksearch.report import ExportFacts, export_report
-from ranksearch.results import Row, choose, gapped_trials, judged, resolve_goals, trial_rows
+from ranksearch.results import Row, choose, gapped_trials, judged, likely_drop, resolve_goals, trial_rows
 from ranksearch.spec import Goals, Objective
 
 if TYPE_CHECKING:
@@ -51,7 +59,7 @@ class SearchResult:
         rows = self.rows
         if max_drop is not None:
             rows = [
-                {**row, "feasible": (row["accuracy_drop"] or 0.0) <= max_drop, "surely_feasible": False}
+                {**row, "feasible": (likely_drop(row) or 0.0) <= max_drop, "surely_feasible": False}
                 for row in rows
                 if row["accuracy_drop"] is not None
             ]
@@ -80,13 +88,20 @@ def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
     history, remeasured = read_records(optuna_study), read_json(home.remeasured)
     return SearchResult(
         home=home,
-        rows=trial_rows(history, objectives, limits, remeasured),
+        rows=trial_rows(history, objectives, limits, remeasured, _estimates(home, history, record["dense_accuracy"])),
         controls=list(read_json(home.controls).get("controls", [])),
         plans={record.number: record.plan for record in history},
         limits=limits,
         gapped=gapped_trials(history, remeasured),
         full=list(read_json(home.full).values()),
     )
+
+
+def _estimates(home: StudyHome, history: Sequence[TrialRecord], dense_score: float) -> Estimates:
+    """None before the candidate table is there."""
+    if not home.candidates.is_file():
+        return {}
+    return estimated_drops(read_profile(home), history, drop_unit(dense_score))
 
 
 def export_plan(

@@ -130,7 +130,7 @@ def test_seeds_become_the_parents_of_nsga2() -> None:
         search(study, PROFILE, mild, sampler_name="nsga2", n_trials=40, n_prices=18)
         trials = study.get_trials(deepcopy=False)
         setting = SamplerSetting(
-            profile=PROFILE, objectives=OBJECTIVES, limits=NO_LIMITS, seed=0, weight_errors=make_errors
+            profile=PROFILE, objectives=OBJECTIVES, limits=NO_LIMITS, seed=0, drop_unit=0.1, weight_errors=make_errors
         )
         sampler = make_sampler("nsga2", setting)(len(trials), 21)
         seeds = [trial.number for trial in trials if "seed" in trial.user_attrs]
@@ -172,7 +172,7 @@ def test_stopped_plans_are_pruned_with_their_metrics() -> None:
 def test_constraints_are_how_far_a_plan_is_beyond_its_limits() -> None:
     limits = ResolvedLimits(max_drop=0.05, max_bytes_ratio=0.6)
     with opened(limits=limits) as study:
-        search(study, PROFILE, limits=limits)
+        search(study, PROFILE, limits=limits, sampler_name="price")
         found, trials = read_records(study), study.get_trials()
     for record in found:
         assert record.evaluation is not None

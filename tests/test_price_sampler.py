@@ -10,6 +10,7 @@ from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.errors import StudyError
 from ranksearch.optimization import PriceSampler, ResolvedLimits, price_sweep, uniform
 from ranksearch.optimization.improvement import Undominated
+from ranksearch.optimization.price_sampler import N_SEED_PRICES
 from ranksearch.optimization.prices import coarse_to_fine
 from ranksearch.optimization.proposals import moved, priced, swapped
 from ranksearch.optimization.space import distributions, settled, to_indices, to_params
@@ -46,9 +47,9 @@ def run(study: optuna.Study, n: int, objectives: tuple[Objective, ...] = OBJECTI
     return plans
 
 
-def test_it_begins_with_a_uniform_plan_and_six_prices() -> None:
+def test_it_begins_with_a_uniform_plan_and_a_few_prices() -> None:
     plans = run(created(), 8)
-    seeds = list(dict.fromkeys([uniform(PROFILE), *coarse_to_fine(price_sweep(PROFILE, 6, 0))]))
+    seeds = list(dict.fromkeys([uniform(PROFILE), *coarse_to_fine(price_sweep(PROFILE, N_SEED_PRICES, 0))]))
     assert plans[: len(seeds)] == seeds
 
 
@@ -218,6 +219,6 @@ def test_gains_are_shares_of_the_volume_that_is_added() -> None:
 
 def test_params_and_plans_of_enqueued_trials_count_as_tried() -> None:
     study = created()
-    second = list(dict.fromkeys([uniform(PROFILE), *coarse_to_fine(price_sweep(PROFILE, 6, 0))]))[1]
+    second = list(dict.fromkeys([uniform(PROFILE), *coarse_to_fine(price_sweep(PROFILE, N_SEED_PRICES, 0))]))[1]
     study.enqueue_trial(to_params(PROFILE, second))
     assert run(study, 3).count(second) == 1

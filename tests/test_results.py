@@ -75,7 +75,7 @@ HISTORY = [
 
 
 def rows_of(**changes: Any) -> list[dict[str, Any]]:
-    arguments: dict[str, Any] = {"objectives": OBJECTIVES, "limits": NO_LIMITS, "remeasured": {}}
+    arguments: dict[str, Any] = {"objectives": OBJECTIVES, "limits": NO_LIMITS, "remeasured": {}, "estimates": {}}
     return trial_rows(HISTORY, **(arguments | changes))
 
 
@@ -159,6 +159,7 @@ def test_a_gap_takes_a_plan_off_the_front_and_gives_back_what_it_beat() -> None:
         OBJECTIVES,
         NO_LIMITS,
         {plan_of(8).hash(): figures(0.6, 0.85)},
+        {},
     )
     assert [row["trial"] for row in alone if row["pareto"]] == [0, 7]
 
@@ -178,6 +179,15 @@ def test_the_chosen_row_is_compressed_feasible_and_least() -> None:
         choose(rows, minimize="speed")
 
 
+def test_front_and_drop_goal_are_decided_on_the_estimates() -> None:
+    rows = rows_of(limits=ResolvedLimits(max_drop=0.01), estimates={1: 0.012, 3: 0.009})
+    assert [row["trial"] for row in rows if row["pareto"]] == [0, 1, 2, 3]
+    by_trial = {row["trial"]: row for row in rows}
+    assert not by_trial[1]["feasible"] and by_trial[3]["feasible"]
+    assert by_trial[1]["accuracy_drop"] == 0.005 and by_trial[1]["estimated_drop"] == 0.012
+    assert by_trial[2]["estimated_drop"] is None
+
+
 def test_nearest_plans_on_each_side_of_goals_that_none_meets() -> None:
     def row(trial: int, drop: float, latency: float, size: float) -> Row:
         return evaluation_row(evaluation(8, drop, latency, size), NO_LIMITS) | {"trial": trial}
@@ -194,7 +204,7 @@ def test_nearest_plans_on_each_side_of_goals_that_none_meets() -> None:
 
 
 def test_dense_is_never_chosen() -> None:
-    dense_only = trial_rows(HISTORY[:1], OBJECTIVES, NO_LIMITS, {})
+    dense_only = trial_rows(HISTORY[:1], OBJECTIVES, NO_LIMITS, {}, {})
     assert dense_only[0]["pareto"] and dense_only[0]["feasible"]
     with pytest.raises(NoPlanError):
         choose(dense_only)
@@ -256,7 +266,8 @@ def test_percents_of_a_score_beyond_0_and_1_are_refused(goal: str, score: float)
 
 
 def test_hypervolume_counts_complete_trials_below_the_reference() -> None:
-    assert study_hypervolume([]) == study_hypervolume(HISTORY[4:6]) == 0.0
-    one = study_hypervolume(HISTORY[1:2])
+    assert study_hypervolume([], {}) == study_hypervolume(HISTORY[4:6], {}) == 0.0
+    one = study_hypervolume(HISTORY[1:2], {})
     assert one == pytest.approx((0.10 - 0.005) * (1.05 - 0.6) * (1 - 0.5))
-    assert study_hypervolume(HISTORY) > one
+    assert study_hypervolume(HISTORY, {}) > one
+    assert study_hypervolume(HISTORY[1:2], {1: 0.05}) < one, "estimates count, not what luck measured"

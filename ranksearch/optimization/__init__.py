@@ -1,5 +1,6 @@
 """Which plan to try next: the space, the prices, the samplers, the loop, and how a study goes on where it stopped."""
 
+from ranksearch.optimization.estimates import Estimates, drop_unit, estimated_drops
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.loop import optimise
 from ranksearch.optimization.price_sampler import PriceSampler
@@ -17,6 +18,7 @@ __all__ = [
     "DEFAULT_SAMPLER",
     "SAMPLERS",
     "Callbacks",
+    "Estimates",
     "PriceSampler",
     "ResolvedLimits",
     "TrialRecord",
@@ -24,6 +26,8 @@ __all__ = [
     "coordinator_lock",
     "decode",
     "front",
+    "drop_unit",
+    "estimated_drops",
     "find_sampler",
     "measure_weights",
     "open_study",

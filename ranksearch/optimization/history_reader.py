@@ -18,6 +18,8 @@ from ranksearch.spec import Objective
 # User attributes of a trial: (low, high) of its drop at 95 %, and the distance of its outputs to dense's.
 DROP_INTERVAL, OUTPUT_DISTANCE = "drop_interval", "output_distance"
 NORMAL_95 = 1.96
+# A drop's standard deviation in units where nobody says it.
+UNKNOWN_DEVIATION = 0.05
 
 
 def sampler_attributes(evaluation: Evaluation) -> dict[str, object]:
@@ -28,6 +30,13 @@ def sampler_attributes(evaluation: Evaluation) -> dict[str, object]:
     if evaluation.output_distance is not None:
         attributes[OUTPUT_DISTANCE] = evaluation.output_distance
     return attributes
+
+
+def drop_deviation(interval: Sequence[float] | None, drop_unit: float) -> float:
+    """The standard deviation of a drop with this 95 % interval; dense's, which is sure, has one of no width."""
+    if interval is None:
+        return UNKNOWN_DEVIATION * drop_unit
+    return abs(float(interval[1] - interval[0])) / (2 * NORMAL_95)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,14 +56,10 @@ class Known:
 
 @final
 class HistoryReader:
-    """Reads the trials of a study over a profile's candidates.
+    """Reads the trials of a study over a profile's candidates; `drop_unit` is a drop that would be too much."""
 
-    `unknown_deviation` is a drop's standard deviation where its trial does not say it.
-    """
-
-    def __init__(self, profile: Profile, objectives: Sequence[Objective], unknown_deviation: float) -> None:
-        self._profile, self._objectives = profile, tuple(objectives)
-        self._unknown_deviation = unknown_deviation
+    def __init__(self, profile: Profile, objectives: Sequence[Objective], drop_unit: float) -> None:
+        self._profile, self._objectives, self._drop_unit = profile, tuple(objectives), drop_unit
         self._names = distributions(profile).keys()
         # Parameters of a trial never change once it has them.
         self._plans: dict[int, tuple[int, ...]] = {}
@@ -93,7 +98,7 @@ class HistoryReader:
         return Observed(
             plans=plans,
             drops=drops,
-            deviations=np.array([self._deviation(trial) for trial in trials]),
+            deviations=np.array([drop_deviation(t.user_attrs.get(DROP_INTERVAL), self._drop_unit) for t in trials]),
             distances=np.array([np.nan if distance is None else distance for distance in distances]),
         )
 
@@ -106,12 +111,6 @@ class HistoryReader:
             indices = [int(params.get(layer.name, 0)) for layer in self._profile.layers]
             self._plans[trial.number] = settled(self._profile, indices)
         return self._plans[trial.number]
-
-    def _deviation(self, trial: FrozenTrial) -> float:
-        interval = trial.user_attrs.get(DROP_INTERVAL)
-        if interval is None or not interval[1] > interval[0]:
-            return self._unknown_deviation
-        return float(interval[1] - interval[0]) / (2 * NORMAL_95)
 
     def _as_array(self, plans: Sequence[tuple[int, ...]]) -> Indices:
         return np.array(plans, dtype=np.int64).reshape(-1, len(self._profile.layers))

@@ -23,6 +23,7 @@ from ranksearch.optimization.seeds import (
 from ranksearch.optimization.space import n_plans, to_params
 from ranksearch.optimization.trials import Callbacks, Search, try_next
 from ranksearch.optimization.weight_errors import WeightErrors, no_weight_errors
+from ranksearch.pareto import REFERENCE_POINT
 from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
@@ -48,23 +49,25 @@ def optimise(
     callbacks: Callbacks,
     should_stop: Callable[[], bool],
     n_prices: int | None = None,
+    drop_unit: float = REFERENCE_POINT[0],
     weight_errors: Callable[[], WeightErrors] = no_weight_errors,
 ) -> None:
     """Tries plans until the study has `n_trials`, time is up, it shall stop, or every plan was tried.
 
     First the controls, then a uniform plan and `n_prices` prices (0: neither), then the sampler, which may ask for the
-    `weight_errors`. Trials that an earlier process left unfinished come before all else. No plan runs twice. A trial
-    that cannot end before
-    `deadline`, on `clock`, by the mean time so far, is not started. `n_trials` is the study's total of complete and
-    pruned trials; controls and duplicates do not count.
+    `weight_errors`, and to which a drop of `drop_unit` is too much. Trials that an earlier process left unfinished
+    come before all else. No plan runs twice. A trial that cannot end before `deadline`, on `clock`, by the mean time so
+    far, is not started. `n_trials` is the study's total of complete and pruned trials; controls and duplicates do not
+    count.
 
     Raises StudyError for an unknown sampler, a control that is not in the table, or when ten trials in a row fail;
     KeyboardInterrupt, with the running plan queued again, where it comes without `should_stop`.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     setting = SamplerSetting(
-        profile=profile, objectives=objectives, limits=limits, seed=seed, weight_errors=weight_errors
-    )
+        profile=profile, objectives=objectives, limits=limits, seed=seed, drop_unit=drop_unit,
+        weight_errors=weight_errors,
+    )  # fmt: skip
     next_sampler = make_sampler(sampler_name, setting)
     n_swept = default_n_prices(sampler_name) if n_prices is None else n_prices
     seeds = fix_seeds(optuna_study, make_seeds(profile, controls, n_swept, seed, objectives))

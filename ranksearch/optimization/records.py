@@ -1,6 +1,6 @@
 """Trials as values: what each was, and what became of it; read from the Optuna study, which is the only state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,18 +80,31 @@ def record_of(trial: FrozenTrial, queued_again: bool = False) -> TrialRecord:
     )
 
 
-def front(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """The complete trials that no other complete trial beats in the objectives, in order; of equals the first."""
+def front(
+    records: Sequence[TrialRecord], objectives: Sequence[Objective], drops: Mapping[int, float] | None = None
+) -> list[TrialRecord]:
+    """The complete trials that no other complete trial beats in the objectives, in order; of equals the first.
+
+    `drops`, by trial, take the place of those that were measured.
+    """
     complete = [r for r in records if r.state == "complete" and r.evaluation is not None and r.duplicate_of is None]
     if not complete:
         return []
-    losses = np.array([objective_values(r.evaluation, objectives) for r in complete if r.evaluation is not None])
+    losses = np.array([_losses(record, objectives, drops or {}) for record in complete])
     return [record for record, keep in zip(complete, non_dominated(losses), strict=True) if keep]
 
 
 def objective_values(evaluation: Evaluation, objectives: Sequence[Objective]) -> list[float]:
     """The evaluation's losses in the order of the objectives, all to be minimised."""
     return [evaluation.losses[name] for name in objectives]
+
+
+def _losses(record: TrialRecord, objectives: Sequence[Objective], drops: Mapping[int, float]) -> list[float]:
+    assert record.evaluation is not None, "a complete trial has an evaluation"
+    losses = dict(zip(objectives, objective_values(record.evaluation, objectives), strict=True))
+    if "drop" in losses:
+        losses["drop"] = drops.get(record.number, losses["drop"])
+    return list(losses.values())
 
 
 class History:

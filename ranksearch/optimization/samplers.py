@@ -71,13 +71,14 @@ class SeededNSGAII(BaseSampler):
 class SamplerSetting:
     """What a sampler may know of a study: its table, what it is to minimise and within which limits, and its seed.
 
-    `weight_errors` measures the weights, for rules that go by them.
+    `drop_unit` is a drop that would be too much; `weight_errors` measures the weights, for rules that go by them.
     """
 
     profile: Profile
     objectives: Sequence[Objective]
     limits: ResolvedLimits
     seed: int
+    drop_unit: float
     weight_errors: Callable[[], WeightErrors]
 
 
@@ -86,7 +87,9 @@ NextSampler = Callable[[int, int], BaseSampler]
 
 
 def _price(setting: SamplerSetting) -> NextSampler:
-    sampler = PriceSampler(setting.profile, setting.limits, setting.objectives, setting.seed)
+    sampler = PriceSampler(
+        setting.profile, setting.limits, setting.objectives, setting.seed, drop_unit=setting.drop_unit
+    )
     return lambda _n_trials, _n_seeds: sampler
 
 

@@ -1,0 +1,79 @@
+"""Estimated drops: luck is taken back, what is sure stays, and a front of estimates holds on fresh images."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from synthetic_study import evaluate_as_predicted, make_profile, opened, search
+
+from ranksearch.evaluation import Evaluation
+from ranksearch.optimization import TrialRecord, drop_unit, estimated_drops, front, read_records
+from ranksearch.plan import Plan
+from ranksearch.spec import OBJECTIVES
+
+PROFILE = make_profile(12)
+DEVIATION = 0.01
+
+
+def noisy_study(seed: int) -> list[TrialRecord]:
+    """A study whose drops are measured with noise, by some hundred images."""
+    rng, measured = np.random.default_rng(seed), evaluate_as_predicted(PROFILE)
+
+    def evaluate(plan: Plan) -> Evaluation:
+        evaluation = measured(plan)
+        if not plan.changes():
+            return evaluation.model_copy(update={"accuracy_drop": 0.0, "drop_low": 0.0, "drop_high": 0.0})
+        drop = 0.3 * (evaluation.accuracy_drop or 0.0) + rng.normal(0, DEVIATION)
+        interval = {"drop_low": drop - 1.96 * DEVIATION, "drop_high": drop + 1.96 * DEVIATION}
+        return evaluation.model_copy(update={"accuracy_drop": drop, **interval})
+
+    with opened() as study:
+        search(study, PROFILE, evaluate, sampler_name="price", n_trials=40)
+        return read_records(study)
+
+
+def true_drop(record: TrialRecord) -> float:
+    return 0.3 * PROFILE.predict(PROFILE.indices(record.plan))[0]
+
+
+def test_estimates_are_nearer_to_the_truth_than_measurements() -> None:
+    records = noisy_study(0)
+    estimates = estimated_drops(PROFILE, records, 0.1)
+    errors = {True: [], False: []}  # type: dict[bool, list[float]]
+    for record in records:
+        assert record.evaluation is not None and record.evaluation.accuracy_drop is not None
+        errors[True].append(estimates[record.number] - true_drop(record))
+        errors[False].append(record.evaluation.accuracy_drop - true_drop(record))
+    assert np.std(errors[True]) < 0.7 * np.std(errors[False])
+
+
+def test_the_best_of_a_front_is_no_longer_the_luckiest() -> None:
+    optimism = {"measured": [], "estimated": []}  # type: dict[str, list[float]]
+    for seed in range(3):
+        records = noisy_study(seed)
+        estimates = estimated_drops(PROFILE, records, 0.1)
+        for record in front(records, OBJECTIVES):
+            assert record.evaluation is not None and record.evaluation.accuracy_drop is not None
+            optimism["measured"].append(true_drop(record) - record.evaluation.accuracy_drop)
+        optimism["estimated"] += [true_drop(r) - estimates[r.number] for r in front(records, OBJECTIVES, estimates)]
+    assert abs(np.mean(optimism["estimated"])) < 0.5 * np.mean(optimism["measured"])
+
+
+def test_dense_is_sure_and_stays() -> None:
+    records = noisy_study(0)
+    dense = next(record for record in records if not record.plan.changes())
+    assert estimated_drops(PROFILE, records, 0.1)[dense.number] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_what_measured_nothing_is_left_out() -> None:
+    records = noisy_study(0)
+    failed = replace(records[3], number=100, state="failed", evaluation=None)
+    twice = replace(records[4], number=101, duplicate_of=4)
+    estimates = estimated_drops(PROFILE, [*records, failed, twice], 0.1)
+    assert estimates == estimated_drops(PROFILE, records, 0.1)
+    assert estimated_drops(PROFILE, [failed], 0.1) == {} == estimated_drops(PROFILE, [], 0.1)
+
+
+def test_scores_that_are_no_shares_have_a_unit_of_their_own() -> None:
+    assert drop_unit(0.9) == drop_unit(0.2) == 0.1
+    assert drop_unit(23.0) == pytest.approx(2.3) and drop_unit(-40.0) == pytest.approx(4.0)
