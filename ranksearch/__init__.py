@@ -33,6 +33,9 @@ _HOMES = {
     "load": "export",
     "save": "export",
     "SearchResult": "search_result",
+    "PriceSampler": "optimization",
+    "ResolvedLimits": "optimization",
+    "suggest_plan": "optimization",
     "evaluate": "run",
     "finish": "full_training",
     "profile": "run",
@@ -49,8 +52,10 @@ __all__ = [
     "NuclearNorm",
     "Plan",
     "PlanError",
+    "PriceSampler",
     "RankSearchError",
     "Recovery",
+    "ResolvedLimits",
     "RuntimeUnavailableError",
     "SearchResult",
     "Space",
@@ -70,6 +75,7 @@ __all__ = [
     "register_runtime",
     "save",
     "search",
+    "suggest_plan",
     "top1",
 ]
 
@@ -88,6 +94,7 @@ if TYPE_CHECKING:
     from ranksearch.export import load, save
     from ranksearch.full_training import finish
     from ranksearch.latency import measure_latency
+    from ranksearch.optimization import PriceSampler, ResolvedLimits, suggest_plan
     from ranksearch.plan import LayerChoice, Plan
     from ranksearch.recovery_settings import NuclearNorm, Recovery
     from ranksearch.run import evaluate, profile, search

@@ -89,9 +89,9 @@ class Evaluator:
     """Takes plans up the ladder on a workbench.
 
     `limits` are the goals as ratios; a plan that surely misses one of latency or bytes stops there, and so does one
-    that `beaten_by` calls not worth training; those whose hashes are `never_stopped` go on. `keep` is given each
-    complete plan with the model that was scored. Once `should_abort` says so, the evaluation ends with
-    KeyboardInterrupt.
+    that `beaten_by` calls not worth training, by its prediction or after the quick rung; those whose hashes are
+    `never_stopped` go on. `keep` is given each complete plan with the model that was scored. Once `should_abort` says
+    so, the evaluation ends with KeyboardInterrupt.
     """
 
     bench: Workbench
@@ -122,6 +122,9 @@ class Evaluator:
             self._keep(plan, self.bench.model, seconds)
             return Evaluation(**figures, **self._dense_accuracy(), rung="fine_tuned", seconds=seconds)
         model, quick_drop = self._fit(plan, seconds)
+        stopped = None if plan.hash() in self.never_stopped else self.beaten_by({**figures, "quick_drop": quick_drop})
+        if stopped is not None:
+            return Evaluation(**figures, rung="quick", stopped=stopped, quick_drop=quick_drop, seconds=seconds)
         with self._timed(seconds, "fine_tune"):
             losses = self._fine_tune(model, 1 / n_cuts(plan, self.bench.spec.recovery.stages))
         with self._timed(seconds, "validate"):

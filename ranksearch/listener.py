@@ -14,6 +14,7 @@ from ranksearch.optimization import (
     drop_unit,
     estimated_drops,
     front,
+    trained_evaluations,
 )
 from ranksearch.plan import Plan
 from ranksearch.recovery import Step
@@ -141,7 +142,7 @@ class Listener:
 
     def beaten_by(self, figures: Mapping[str, Any]) -> str | None:
         """Why a plan of these figures is not worth training, by the trials so far; None where it may be."""
-        trained = {r.number: r.evaluation for r in self.history if r.state == "complete" and r.evaluation is not None}
+        trained = trained_evaluations(self.history)
         members = [record.number for record in front(self.history, self.objectives, self._estimates())]
         return beaten_by(figures, trained, members)
 

@@ -19,6 +19,7 @@ from ranksearch.listener import Listener, Progress, Silent, open_tracker, prepar
 from ranksearch.optimization import (
     DEFAULT_SAMPLER,
     ResolvedLimits,
+    agreements,
     coordinator_lock,
     drop_unit,
     find_sampler,
@@ -26,6 +27,7 @@ from ranksearch.optimization import (
     open_study,
     optimise,
     read_records,
+    trained_evaluations,
 )
 from ranksearch.plan import Plan
 from ranksearch.remeasure import remeasure_in_fresh_process, remeasure_plans
@@ -186,6 +188,7 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
         plans={record.number: record.plan for record in listener.history},
         limits=limits,
         gapped=listener.gapped(),
+        agreements=agreements(list(trained_evaluations(listener.history).values())),
         stopped_early=request.should_stop(),
         pareto_url=tracker.url() if tracker.is_remote else None,
     )

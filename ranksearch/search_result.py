@@ -11,13 +11,16 @@ from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, export_bundle
 from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import (
+    Agreement,
     Estimates,
     ResolvedLimits,
     TrialRecord,
+    agreements,
     drop_unit,
     estimated_drops,
     read_records,
     read_study,
+    trained_evaluations,
 )
 from ranksearch.plan import Plan, Provenance
 from ranksearch.report import ExportFacts, export_report
@@ -33,7 +36,7 @@ class SearchResult:
     """What a study found. `rows` hold every evaluated plan, `controls` the records beside the trials.
 
     `gapped` are trials that are off the front, since the runtime scores them otherwise than torch; `full` are the
-    records of plans that were trained in full.
+    records of plans that were trained in full; `agreements` say which rungs may stop plans before they are trained.
     """
 
     home: StudyHome
@@ -43,6 +46,7 @@ class SearchResult:
     limits: ResolvedLimits
     gapped: Sequence[int] = ()
     full: Sequence[Row] = ()
+    agreements: Sequence[Agreement] = ()
     stopped_early: bool = False
     pareto_url: str | None = None
 
@@ -94,6 +98,7 @@ def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
         limits=limits,
         gapped=gapped_trials(history, remeasured),
         full=list(read_json(home.full).values()),
+        agreements=agreements(list(trained_evaluations(history).values())),
     )
 
 

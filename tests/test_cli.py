@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,3 +162,13 @@ def test_clean_asks_first(commands: Commands, searched: Searched, tmp_path: Path
     assert ended.code == 0, ended.err
     assert not home.exists() and not (tmp_path / "cache").exists()
     assert "nothing to delete" in commands.run(tmp_path, "clean", "--yes", **own_cache).out
+
+
+def test_the_help_names_every_sampler() -> None:
+    from typing import get_args
+
+    from ranksearch.cli.options import Sampler
+    from ranksearch.optimization import SAMPLERS
+
+    text = get_args(Sampler)[1].help
+    assert all(re.search(rf"\b{name}\b", text) for name in SAMPLERS)

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,23 @@ def test_a_plan_that_misses_a_goal_stops_before_it_is_trained(
     assert evaluation.rung == "latency" and evaluation.accuracy is None
     assert evaluation.losses["drop"] == float("inf")
     assert evaluation.stopped is not None and re.fullmatch(message, evaluation.stopped)
+
+
+def test_a_plan_that_is_surely_beaten_after_the_quick_rung_is_not_trained(make: MakeEvaluator) -> None:
+    plan, asked = plans()["mixed"], list[dict[str, Any]]()
+
+    def beaten_by(figures: Mapping[str, Any]) -> str | None:
+        asked.append(dict(figures))
+        return "trial 3 is better" if figures.get("quick_drop") is not None else None
+
+    evaluator = make(
+        beaten_by=beaten_by, on_step=lambda *_: pytest.fail("trained"), keep=lambda *_: pytest.fail("kept")
+    )
+    evaluation = evaluator.evaluate(plan)
+    assert (evaluation.rung, evaluation.stopped) == ("quick", "trial 3 is better")
+    assert evaluation.accuracy is None and evaluation.quick_drop == asked[1]["quick_drop"]
+    assert len(asked) == 2 and asked[0].get("quick_drop") is None
+    assert make(beaten_by=beaten_by, never_stopped=frozenset([plan.hash()])).evaluate(plan).rung == "fine_tuned"
 
 
 def test_the_controls_are_never_stopped_and_drops_stop_none(make: MakeEvaluator) -> None:

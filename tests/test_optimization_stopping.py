@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ranksearch.evaluation import Evaluation
-from ranksearch.optimization.stopping import beaten_by, least_drop, rank_agreement
+from ranksearch.optimization.stopping import MIN_PAIRS, agreements, beaten_by, least_drop, rank_agreement
 from ranksearch.plan import Plan
 
 
@@ -67,5 +67,33 @@ def test_a_prediction_that_orders_plans_wrongly_stops_nothing() -> None:
 
 
 def test_too_few_witnesses_prove_nothing() -> None:
-    assert least_drop(0.1, [trained(0.2, 0.05, 0.5)] * 4) == float("-inf")
-    assert least_drop(0.1, [trained(0.2, 0.05, 0.5)] * 5) == pytest.approx(0.048)
+    assert least_drop("predicted_loss", 0.1, [trained(0.2, 0.05, 0.5)] * 4) == float("-inf")
+    assert least_drop("predicted_loss", 0.1, [trained(0.2, 0.05, 0.5)] * 5) == pytest.approx(0.048)
+
+
+def test_each_rung_earns_its_power_by_itself() -> None:
+    rng = np.random.default_rng(0)
+    evaluations = [
+        trained(float(rng.random()), 0.005 * i, 0.5 + 0.001 * i).model_copy(update={"quick_drop": 0.02 * i})
+        for i in range(12)
+    ]
+    predicted, quick = agreements(evaluations)
+    assert quick.tau == 1.0 and quick.n_pairs == 66 and quick.may_stop
+    assert abs(predicted.tau) < 0.4 and not predicted.may_stop
+    assert str(quick) == "drop before training: 1.00 over 66 pairs, may stop plans"
+    assert str(predicted).endswith("stops nothing")
+    few = agreements(evaluations[:5])[1]
+    assert few.n_pairs < MIN_PAIRS and not few.may_stop
+    assert "no two plans" in str(agreements([])[0])
+
+
+def test_what_the_quick_rung_says_stops_a_plan_where_the_prediction_may_not() -> None:
+    rng = np.random.default_rng(0)
+    known = {
+        i: trained(float(rng.random()), 0.005 * i, 0.5 + 0.001 * i).model_copy(update={"quick_drop": 0.02 * i})
+        for i in range(1, 25)
+    }
+    reason = beaten_by({**HOPELESS, "quick_drop": 0.3}, known, front=[1])
+    assert reason is not None and "trial 1" in reason and "drop before training" in reason
+    assert beaten_by(HOPELESS, known, front=[1]) is None
+    assert beaten_by({**HOPELESS, "quick_drop": 0.01}, known, front=[1]) is None

@@ -26,6 +26,14 @@ TrackingUri = Annotated[
         "--tracking-uri", metavar="URI", envvar="MLFLOW_TRACKING_URI", help="MLflow; default: sqlite:///mlflow.db."
     ),
 ]
+Sampler = Annotated[
+    str,
+    typer.Option(
+        "--sampler",
+        help="price, tpe, nsga2 or random; a published rule: uniform, energy, evbmf, alds, greedy or price_sweep; or "
+        "one of your own as module:Class.",
+    ),
+]
 MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Largest drop of the score: 1%, 1%rel or 0.01.")]
 MaxLatency = Annotated[str | None, typer.Option("--max-latency", help="Largest latency: 5ms or 0.5x.")]
 MaxSize = Annotated[str | None, typer.Option("--max-size", help="Largest size: 2MB or 25%.")]

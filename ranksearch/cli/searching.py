@@ -167,6 +167,8 @@ def _print_result(result: "SearchResult", options: str) -> None:
     if shown:
         print_front(shown, title=f"{result.home.name}: the front, {len(shown)} of {len(rows)} plans")
     print_gaps(result.gapped)
+    for agreement in result.agreements:
+        say(f"Rank agreement with fine-tuned drops at like latency, {agreement}.")
     print_controls([*(r for r in result.rows if str(r["origin"]).startswith("control")), *result.controls])
     feasible = [row for row in rows if row["feasible"] and is_compressed(row)]
     if not feasible:

@@ -5,9 +5,10 @@ from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.loop import optimise
 from ranksearch.optimization.price_sampler import PriceSampler
 from ranksearch.optimization.prices import price_sweep, uniform
-from ranksearch.optimization.records import TrialRecord, front, read_records
+from ranksearch.optimization.records import TrialRecord, front, read_records, trained_evaluations
 from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, find_sampler
-from ranksearch.optimization.stopping import beaten_by
+from ranksearch.optimization.space import suggest_plan
+from ranksearch.optimization.stopping import Agreement, agreements, beaten_by
 from ranksearch.optimization.storage import coordinator_lock
 from ranksearch.optimization.study import open_study, read_study
 from ranksearch.optimization.table import decode
@@ -17,11 +18,13 @@ from ranksearch.optimization.weight_errors import measure_weights
 __all__ = [
     "DEFAULT_SAMPLER",
     "SAMPLERS",
+    "Agreement",
     "Callbacks",
     "Estimates",
     "PriceSampler",
     "ResolvedLimits",
     "TrialRecord",
+    "agreements",
     "beaten_by",
     "coordinator_lock",
     "decode",
@@ -35,5 +38,7 @@ __all__ = [
     "price_sweep",
     "read_study",
     "read_records",
+    "suggest_plan",
+    "trained_evaluations",
     "uniform",
 ]

@@ -80,6 +80,11 @@ def record_of(trial: FrozenTrial, queued_again: bool = False) -> TrialRecord:
     )
 
 
+def trained_evaluations(records: Sequence[TrialRecord]) -> dict[int, Evaluation]:
+    """What complete trials measured, by their numbers."""
+    return {r.number: r.evaluation for r in records if r.state == "complete" and r.evaluation is not None}
+
+
 def front(
     records: Sequence[TrialRecord], objectives: Sequence[Objective], drops: Mapping[int, float] | None = None
 ) -> list[TrialRecord]:

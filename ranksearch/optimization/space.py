@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.trial import BaseTrial
 
 from ranksearch.candidates import Profile
 from ranksearch.errors import StudyError
+from ranksearch.plan import Plan
 
 
 def distributions(profile: Profile) -> dict[str, BaseDistribution]:
@@ -21,6 +23,16 @@ def distributions(profile: Profile) -> dict[str, BaseDistribution]:
 def n_plans(profile: Profile) -> int:
     """How many different plans the table holds."""
     return prod(len(layer.candidates) for layer in profile.layers)
+
+
+def suggest_plan(profile: Profile, trial: BaseTrial) -> Plan:
+    """The plan that an Optuna trial's sampler chooses out of the table, in an objective of one's own."""
+    names = distributions(profile)
+    indices = [
+        trial.suggest_int(layer.name, 0, len(layer.candidates) - 1) if layer.name in names else 0
+        for layer in profile.layers
+    ]
+    return profile.plan(settled(profile, indices))
 
 
 def to_params(profile: Profile, indices: Sequence[int]) -> dict[str, int]:
