@@ -38,6 +38,7 @@ _HOMES = {
     "suggest_plan": "optimization",
     "evaluate": "run",
     "finish": "full_training",
+    "remeasure_front": "other_target",
     "profile": "run",
     "search": "run",
 }
@@ -73,6 +74,7 @@ __all__ = [
     "rebuild",
     "register_decomposition",
     "register_runtime",
+    "remeasure_front",
     "save",
     "search",
     "suggest_plan",
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     from ranksearch.full_training import finish
     from ranksearch.latency import measure_latency
     from ranksearch.optimization import PriceSampler, ResolvedLimits, suggest_plan
+    from ranksearch.other_target import remeasure_front
     from ranksearch.plan import LayerChoice, Plan
     from ranksearch.recovery_settings import NuclearNorm, Recovery
     from ranksearch.run import evaluate, profile, search

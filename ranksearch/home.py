@@ -21,7 +21,7 @@ class StudyHome:
     `study.json` holds the script's path and the target's fingerprint, `journal.log` the trials,
     `candidates.json` the candidate table, `controls.json` what a user has without a search,
     `remeasured.json` the front on test data; `plans/` holds weights and artefact of each finished plan. `full.json`
-    and `full/` are of those that were trained in full.
+    and `full/` are of those that were trained in full, `other_targets/` of the front where it was measured elsewhere.
     """
 
     directory: Path
@@ -57,6 +57,10 @@ class StudyHome:
     @property
     def full(self) -> Path:
         return self.directory / "full.json"
+
+    def other_target(self, key: str) -> Path:
+        """What was measured on another target, by its plans."""
+        return self.directory / "other_targets" / f"{key}.json"
 
     def fully_trained(self, plan_hash: str) -> Path:
         """The folder of one plan that was trained in full."""

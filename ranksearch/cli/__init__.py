@@ -166,6 +166,22 @@ def evaluate_command(
     evaluate_plan(script, plan)
 
 
+@app.command("remeasure")
+def remeasure_command(
+    script: Script,
+    target: Annotated[
+        str, typer.Option("--target", help="As runtime=onnxruntime,threads=1; the rest is the study's own.")
+    ] = ...,  # type: ignore[assignment]
+    format: Annotated[str, typer.Option(help="table, json, csv or parquet.")] = "table",
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+) -> None:
+    """The front on another target, measured there without training again."""
+    from ranksearch.cli.searching import front_elsewhere
+
+    front_elsewhere(script, target, format=format, home=home, storage=storage)
+
+
 @app.command("front")
 def front_command(
     script: OptionalScript = None,

@@ -1,16 +1,17 @@
 """The arguments that commands share, what their texts mean, and how they are typed again."""
 
+import dataclasses
 import os
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ranksearch.errors import StudyError
 from ranksearch.home import DEFAULT_HOME, StudyHome, find_study, read_json, studies_in
-from ranksearch.spec import load_study
+from ranksearch.spec import Target, load_study
 
 Script = Annotated[Path, typer.Argument(metavar="STUDY.py", help="The study script.")]
 OptionalScript = Annotated[Path | None, typer.Argument(metavar="[STUDY.py]", help="The study script.")]
@@ -47,6 +48,23 @@ def duration_s(text: str, option: str) -> float:
     if not match:
         raise StudyError(f"{option} {text!r} cannot be read; write 90s, 30m or 2h")
     return float(match[1]) * _SECONDS[match[2] or "s"]
+
+
+def other_target(text: str, target: Target) -> Target:
+    """The target with what `runtime=onnxruntime,threads=1` changes. Raises StudyError for what it has not."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Target)}
+    changes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name not in kinds or not value:
+            raise StudyError(
+                f"--target {part.strip()!r} cannot be read; write NAME=VALUE with a name of {', '.join(kinds)}"
+            )
+        numeric = "int" in str(kinds[name])
+        if numeric and not value.isdigit():
+            raise StudyError(f"--target {name} is {value!r}; it must be a whole number")
+        changes[name] = int(value) if numeric else value
+    return dataclasses.replace(target, **changes)
 
 
 def study_home(script: Path | None, name: str | None, home: Path) -> StudyHome:

@@ -21,14 +21,24 @@ def show_front(
     script: Path | None, name: str | None, *, home: Path, storage: str | None, every: bool, format: str
 ) -> None:
     """The front, in the chosen format."""
-    if format not in _FORMATS:
-        raise StudyError(f"--format {format!r} is unknown; it is one of {', '.join(_FORMATS)}")
+    check_format(format)
     from ranksearch.search_result import read_result
 
     place = study_home(script, name, home)
     result = read_result(place, storage)
     rows = [*result.rows, *result.full] if every else [row for row in result.rows if row["pareto"]]
-    _FORMATS[format](sorted(rows, key=lambda row: row["latency_ratio"]), place.name, every)
+    print_rows(sorted(rows, key=lambda row: row["latency_ratio"]), format, place.name, every)
+
+
+def check_format(format: str) -> None:
+    """Raises StudyError for a format that there is not."""
+    if format not in _FORMATS:
+        raise StudyError(f"--format {format!r} is unknown; it is one of {', '.join(_FORMATS)}")
+
+
+def print_rows(rows: Sequence[Row], format: str, name: str, every: bool = True) -> None:
+    """Rows of the front's columns in the format; not `every`: a table leaves out those that are much like others."""
+    _FORMATS[format](rows, name, every)
 
 
 def _as_table(rows: Sequence[Row], name: str, every: bool) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ranksearch.cli.options import typed
-from ranksearch.cli.reading import export_choice, verify_export
+from ranksearch.cli.options import other_target, typed
+from ranksearch.cli.reading import check_format, export_choice, print_rows, verify_export
 from ranksearch.cli.stopping import StopSignals
 from ranksearch.cli.terminal import Terminal, duration, err, print_controls, print_front, print_gaps, print_table, say
 from ranksearch.errors import StudyError
@@ -103,6 +103,22 @@ def finish_trial(
     before = [r for r in read_result(StudyHome(home / study.name), storage).rows if r["trial"] == trial]
     print_front([*before, row], title=f"{study.name}: trial {trial}, and trained for {epochs:g} epochs")
     say(f"ranksearch export{typed(study=study.name, trial=trial, home=home, storage=storage)} -o {study.name}-{trial}")
+
+
+def front_elsewhere(script: Path, target: str, *, format: str, home: Path, storage: str | None) -> None:
+    """The front elsewhere."""
+    from ranksearch.other_target import remeasure_front
+
+    check_format(format)
+    study = load_study(script)
+    elsewhere = other_target(target, study.target)
+    with err.status("measuring the front on another target") as status:
+        rows = remeasure_front(study, elsewhere, home=home, storage=storage, on_plan=status.update)
+    ran = [row for row in rows if row["latency_ratio"] is not None]
+    print_rows(ran, format, f"{study.name} on {target}")
+    for row in rows:
+        if row not in ran:
+            err.print(f"trial {row['trial']}, {row['summary']}", markup=False)
 
 
 def evaluate_plan(script: Path, plan_file: Path) -> None:

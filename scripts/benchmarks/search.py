@@ -1,0 +1,179 @@
+"""Which search needs the fewest evaluations?
+
+Hypervolume of (drop, latency ratio, bytes ratio) against (0.10, 1.05, 1.0): the front is chosen by validation images
+and its drops are those on test images, which no search sees. A trial is a distinct plan, evaluated after BatchNorm
+re-estimation; dense is known to all. Latency is the candidate table's prediction, which has no noise, so that all
+searches see the same. Evaluations are kept in the folder that `--recorded` names and none is made twice; the ResNets
+need the folder that RANKSEARCH_DATA names. Targets: PriceSampler covers in 10 trials what raw NSGA-II does in 200; never
+less than the price sweep without search at 20, and more in the median at 50 and 100; more than seeded NSGA-II and seeded
+TPE at 50. Its ablations are shown and not judged. `--quick`: a narrow network on the digits; ten plans of PriceSampler
+cover no less than thirty of NSGA-II.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from common import Answer, Question, ask, options, scratch
+from search_evaluations import Evaluations, mean_seconds, open_evaluations
+from search_figures import FRONTS, Target, Trace, pairs, quartiles, reach, trace, volume_at
+from search_methods import METHODS
+from search_subjects import STUDIES, open_subject
+
+from ranksearch.cache import cache_directory
+from ranksearch.optimization.space import n_plans
+
+TRIALS = (10, 20, 50, 100, 200)
+SEEDS: Mapping[str, int] = {"digits": 10, "linear": 10, "ResNet-20": 5, "ResNet-56": 2}
+# The one to beat, and those whose last hypervolume others are timed to, in trials.
+BASELINE = "price sweep"
+BARS = ("NSGA-II 20", "NSGA-II 50", "TPE", "price sweep")
+OURS = "PriceSampler"
+TARGETS: Sequence[Target] = (
+    Target(ours=OURS, ours_trials=10, other="NSGA-II 20", other_trials=200, by="median"),
+    Target(ours=OURS, ours_trials=10, other="NSGA-II 50", other_trials=200, by="median"),
+    Target(ours=OURS, ours_trials=20, other="price sweep", other_trials=20, by="every seed"),
+    Target(ours=OURS, ours_trials=50, other="price sweep", other_trials=50, by="median"),
+    Target(ours=OURS, ours_trials=100, other="price sweep", other_trials=100, by="median"),
+    Target(ours=OURS, ours_trials=50, other="seeded NSGA-II", other_trials=50, by="median"),
+    Target(ours=OURS, ours_trials=50, other="seeded TPE", other_trials=50, by="median"),
+)
+QUICK_TARGET = Target(ours=OURS, ours_trials=10, other="NSGA-II 50", other_trials=30, by="every seed")
+QUICK_SEEDS = 2
+
+
+def main() -> None:
+    parser = options(__doc__ or "")
+    parser.add_argument("--only", choices=list(QUESTIONS), help="one question instead of all")
+    parser.add_argument("--networks", nargs="+", choices=list(STUDIES), default=list(STUDIES), help="of these")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of these")
+    parser.add_argument("--seeds", type=int, help=f"how many, instead of {dict(SEEDS)}")
+    parser.add_argument("--trials", type=int, nargs="+", default=list(TRIALS), help="where hypervolumes are told")
+    parser.add_argument(
+        "--front", choices=list(FRONTS), default="estimated", help="how fronts are chosen on validation"
+    )
+    parser.add_argument(
+        "--recorded", type=Path, default=cache_directory() / "benchmark_search", help="the folder of evaluations"
+    )
+    arguments = parser.parse_args()
+    ask(arguments, {"quick": quick} if arguments.quick else QUESTIONS)
+
+
+def hypervolumes(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
+    """Each network's table."""
+    figures, lines = {}, []
+    trials = sorted(arguments.trials)
+    for name in arguments.networks:
+        evaluations = open_evaluations(open_subject(name, arguments.recorded))
+        traces = _traces(name, evaluations, arguments.methods, arguments.seeds or SEEDS[name], trials, arguments.front)
+        figures[name] = _figures(evaluations, traces, trials, TARGETS)
+        lines += _lines(name, figures[name])
+    judged = [met for figure in figures.values() for met in figure["targets"].values() if met is not None]
+    return {
+        "networks": figures,
+        "target": [str(target) for target in TARGETS],
+        "holds": all(judged),
+        "scope": f"hypervolume on test images of the front chosen by {arguments.front} validation drops; medians and "
+        "quartiles over seeds: " + ", ".join(f"{name} {figure['seeds']}" for name, figure in figures.items()),
+    }, lines
+
+
+def quick(_arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
+    """The digits, everything measured anew."""
+    asked = {QUICK_TARGET.ours: QUICK_TARGET.ours_trials, QUICK_TARGET.other: QUICK_TARGET.other_trials}
+    with scratch() as folder, mock.patch.dict(os.environ, {"RANKSEARCH_CACHE": str(folder / "cache")}):
+        evaluations = open_evaluations(open_subject("digits", folder))
+        traces = {
+            method: _traces("digits", evaluations, [method], QUICK_SEEDS, [n_trials], "estimated")[method]
+            for method, n_trials in asked.items()
+        }
+    found = {method: [volume_at(t, asked[method]) for t in traces[method]] for method in asked}
+    return {
+        "hypervolume": found,
+        "trials": asked,
+        "seconds": mean_seconds(evaluations.recorded),
+        "target": str(QUICK_TARGET),
+        "holds": QUICK_TARGET.judge(traces),
+        "scope": f"a narrow network on the digits, {QUICK_SEEDS} seeds; {QUICK_TARGET}",
+    }, [f"  {method} at {asked[method]}: {', '.join(f'{v:.4f}' for v in by_seed)}" for method, by_seed in found.items()]
+
+
+def _traces(
+    name: str, evaluations: Evaluations, methods: Sequence[str], n_seeds: int, trials: Sequence[int], front: str
+) -> dict[str, list[Trace]]:
+    """By method one trace per seed; methods take turns, so that a run cut short has all of them for its seeds."""
+    traces: dict[str, list[Trace]] = {method: [] for method in methods}
+    for seed in range(n_seeds):
+        for method in methods:
+            started, n_before = time.monotonic(), evaluations.n_new
+            traces[method].append(trace(METHODS[method], evaluations, seed, trials, front))
+            told = " ".join(f"{volume_at(traces[method][-1], n):.4f}" for n in trials)
+            took = f"{evaluations.n_new - n_before} scored anew, {time.monotonic() - started:.0f} s"
+            print(f"{name} seed {seed} {method:16} {told}   {took}", file=sys.stderr, flush=True)
+    return traces
+
+
+def _figures(
+    evaluations: Evaluations, traces: Mapping[str, Sequence[Trace]], trials: Sequence[int], targets: Sequence[Target]
+) -> dict[str, Any]:
+    """A network's table, its pairs with the baseline, and how soon each method is as far as others at the end."""
+    at = {method: {n: [volume_at(t, n) for t in found] for n in trials} for method, found in traces.items()}
+    last = max(trials)
+    return {
+        "seeds": len(next(iter(traces.values()))),
+        "layers": len(evaluations.profile.layers),
+        "plans": n_plans(evaluations.profile),
+        "evaluated": sum(split == "validation" for _, split in evaluations.recorded.rows),
+        "seconds": mean_seconds(evaluations.recorded),
+        "hypervolume": {
+            method: {n: {**quartiles(v), "all": v} for n, v in by_n.items()} for method, by_n in at.items()
+        },
+        "distinct_plans": {method: [max(t, default=0) for t in found] for method, found in traces.items()},
+        f"paired_with_{BASELINE}": {
+            method: {n: pairs(by_n[n], at[BASELINE][n]) for n in trials}
+            for method, by_n in at.items()
+            if BASELINE in at and method != BASELINE
+        },
+        f"trials_to_reach_others_at_{last}": {
+            method: {bar: reach(found, traces[bar], last) for bar in BARS if bar in traces and bar != method}
+            for method, found in traces.items()
+        },
+        "targets": {str(target): target.judge(traces) for target in targets},
+    }
+
+
+def _lines(name: str, figure: Mapping[str, Any]) -> list[str]:
+    """A network's figures as they are printed."""
+    trials = list(next(iter(figure["hypervolume"].values())))
+    seconds = ", ".join(f"{step} {value:.2f}" for step, value in figure["seconds"].items())
+    lines = [
+        f"  {name}: {figure['layers']} layers, {figure['plans']:.2g} plans, {figure['evaluated']} of them evaluated; "
+        f"{figure['seeds']} seeds; seconds {seconds}",
+        f"    {'trials':16}" + "".join(f"{n:>25}" for n in trials),
+    ]
+    for method, by_n in figure["hypervolume"].items():
+        cells = [f"{v['median']:.4f} ({v['low']:.4f}-{v['high']:.4f})" for v in by_n.values()]
+        lines.append(f"    {method:16}" + "".join(f"{cell:>25}" for cell in cells))
+    for method, by_n in figure[f"paired_with_{BASELINE}"].items():
+        cells = [f"{v['wins']}/{v['of']}, {v['median_ratio']:.3f}x" for v in by_n.values()]
+        lines.append(f"    {method:16}" + "".join(f"{cell:>25}" for cell in cells) + f"   against {BASELINE}")
+    reached = figure[f"trials_to_reach_others_at_{max(trials)}"]
+    for method, bars in reached.items():
+        cells = [f"{bar}: {v['median'] or 'never'} ({v['reached']}/{v['of']})" for bar, v in bars.items()]
+        lines.append(f"    {method:16} trials to what others have at {max(trials)}: " + "; ".join(cells))
+    words = {True: "met", False: "MISSED", None: "not judged"}
+    return lines + [f"    {target}: {words[met]}" for target, met in figure["targets"].items()]
+
+
+QUESTIONS: Mapping[str, Question] = {"hypervolume": hypervolumes}
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    main()

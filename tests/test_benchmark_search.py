@@ -1,0 +1,307 @@
+"""What the benchmark of searches computes on its own: hypervolumes on test images, trials to reach one, its records."""
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from optuna.samplers import BaseSampler, RandomSampler
+from synthetic_study import INT8, make_profile
+
+from ranksearch.candidates import Profile
+from ranksearch.optimization.records import read_records
+from ranksearch.pareto import hypervolume
+
+BENCHMARKS = Path(__file__).parents[1] / "scripts" / "benchmarks"
+METHODS = (
+    "random", "NSGA-II 20", "NSGA-II 50", "TPE", "uniform sweep", "price sweep", "seeded NSGA-II", "seeded TPE",
+    "PriceSampler", "no refit", "no swaps", "no power means", "no closed form",
+)  # fmt: skip
+SAMPLED = [name for name in METHODS if "sweep" not in name]
+
+
+@pytest.fixture(scope="module")
+def rooms() -> Iterator[dict[str, Any]]:
+    """The benchmark's modules, which import each other by their bare names."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import search
+        import search_evaluations
+        import search_figures
+        import search_methods
+        import search_subjects
+
+        yield {
+            "search": search,
+            "evaluations": search_evaluations,
+            "figures": search_figures,
+            "methods": search_methods,
+            "subjects": search_subjects,
+        }
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+class Measure:
+    """Measures what the table predicts; on test images a tenth more is lost. Counts what it was asked for."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.asked: list[tuple[tuple[int, ...], str]] = []
+
+    def __call__(self, indices: tuple[int, ...], split: str) -> dict[str, Any]:
+        self.asked.append((indices, split))
+        loss, _, size = self.profile.predict(indices)
+        drop = loss if split == "validation" else 1.1 * loss
+        row = {"drop": drop, "low": drop - 0.01, "high": drop + 0.01, "seconds": {"all": 0.5}}
+        return row | ({"distance": loss, "bytes_ratio": size} if split == "validation" else {})
+
+
+def opened(rooms: dict[str, Any], folder: Path, profile: Profile) -> tuple[Any, Measure]:
+    """Evaluations on record in the folder, and what measures the others."""
+    measure = Measure(profile)
+    recorded = rooms["evaluations"].Recorded(folder / "evaluations.jsonl")
+    return rooms["evaluations"].Evaluations(profile, recorded, measure), measure
+
+
+def uniformly(evaluations: Any, *choices: int) -> list[tuple[int, ...]]:
+    """Plans that take the same candidate for every layer that has a choice."""
+    n_free = sum(len(layer.candidates) > 1 for layer in evaluations.profile.layers)
+    return [(choice,) * n_free + evaluations.dense[n_free:] for choice in choices]
+
+
+def test_a_plan_is_evaluated_once_whoever_asks_and_whenever(rooms: dict[str, Any], tmp_path: Path) -> None:
+    profile = make_profile()
+    evaluations, measure = opened(rooms, tmp_path, profile)
+    plans = uniformly(evaluations, 0, 3)
+    first = [evaluations.figures(plan) for plan in [*plans, *plans]]
+    drops = [evaluations.test_drop(plan) for plan in plans]
+    assert len(measure.asked) == 4 == evaluations.n_new
+    again, untouched = opened(rooms, tmp_path, profile)
+    assert [again.figures(plan) for plan in [*plans, *plans]] == first
+    assert [again.test_drop(plan) for plan in plans] == drops
+    assert not untouched.asked
+
+
+def test_dense_is_known_without_an_evaluation(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile())
+    assert evaluations.figures(evaluations.dense).losses == (0.0, 1.0, 1.0)
+    assert evaluations.test_drop(evaluations.dense) == 0.0
+    assert not measure.asked
+
+
+@pytest.mark.parametrize("n_lost", [1, 30])
+def test_a_torn_last_line_costs_its_own_plan_alone(rooms: dict[str, Any], tmp_path: Path, n_lost: int) -> None:
+    profile = make_profile()
+    evaluations, _ = opened(rooms, tmp_path, profile)
+    plans = uniformly(evaluations, 0, 3)
+    figures = [evaluations.figures(plan) for plan in plans]
+    path = tmp_path / "evaluations.jsonl"
+    path.write_bytes(path.read_bytes()[:-n_lost])
+    again, measure = opened(rooms, tmp_path, profile)
+    assert [again.figures(plan) for plan in plans] == figures
+    whole = n_lost == 1  # the line's end was lost, and nothing of the line
+    assert measure.asked == ([] if whole else [(plans[1], "validation")])
+    last, untouched = opened(rooms, tmp_path, profile)
+    assert [last.figures(plan) for plan in plans] == figures and not untouched.asked
+
+
+def test_records_say_where_the_time_went(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    assert rooms["evaluations"].mean_seconds(evaluations.recorded) == {}
+    for plan in uniformly(evaluations, 0, 3):
+        evaluations.figures(plan)
+    assert rooms["evaluations"].mean_seconds(evaluations.recorded) == {"all": 0.5, "median": 0.5}
+
+
+def test_hypervolumes_are_of_test_drops_of_the_front_that_validation_chose(
+    rooms: dict[str, Any], tmp_path: Path
+) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile())
+    plans = uniformly(evaluations, 3, 0, 4)
+    # Nobody's front holds what another beats on validation, whatever it does on test images.
+    tested = {plans[0]: (0.02, 0.5, 0.5), plans[1]: (0.03, 0.6, 0.6), plans[2]: (0.01, 0.9, 0.9)}
+    for plan, losses in tested.items():
+        figures = rooms["evaluations"].Figures(
+            drop=losses[0], low=0.0, high=0.1, distance=0.0, latency_ratio=losses[1], bytes_ratio=losses[2]
+        )
+        evaluations._figures[plan] = figures
+        evaluations._test[plan] = {plans[0]: 0.04, plans[2]: 0.0}.get(plan, -1.0)
+    volumes = rooms["figures"].volumes(evaluations, plans)
+    alone = 0.06 * 0.55 * 0.5
+    assert volumes == {
+        1: pytest.approx(alone),
+        2: pytest.approx(alone),
+        3: pytest.approx(hypervolume(np.array([(0.04, 0.5, 0.5), (0.0, 0.9, 0.9)]))),
+    }
+    assert not measure.asked
+
+
+def test_volumes_of_each_plan_in_turn_are_those_of_the_front_at_once(rooms: dict[str, Any], tmp_path: Path) -> None:
+    from ranksearch.optimization.prices import price_sweep
+    from ranksearch.pareto import non_dominated
+
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    plans = [plan for plan in price_sweep(evaluations.profile, 25, 0) if plan != evaluations.dense]
+    np.random.default_rng(0).shuffle(plans)
+    volumes = rooms["figures"].volumes(evaluations, plans)
+    for n in (1, 7, len(plans)):
+        known = [evaluations.dense, *plans[:n]]
+        stays = non_dominated(np.array([evaluations.figures(plan).losses for plan in known]))
+        front = [plan for plan, kept in zip(known, stays, strict=True) if kept]
+        assert volumes[n] == pytest.approx(rooms["figures"].test_volume(evaluations, front))
+
+
+def test_only_plans_of_some_front_are_tested(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile())
+    rooms["figures"].trace(rooms["methods"].METHODS["random"], evaluations, 0, [30], "measured")
+    tested = [plan for plan, split in measure.asked if split == "test"]
+    assert 0 < len(tested) < 30
+    # Asked for while the plan's model is still there.
+    pairs = itertools.pairwise(measure.asked)
+    assert sum(a[0] == b[0] and b[1] == "test" for a, b in pairs) == len(tested)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_give_distinct_plans_and_the_same_again(rooms: dict[str, Any], tmp_path: Path, name: str) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile())
+    method = rooms["methods"].METHODS[name]
+    plans = list(method.run(evaluations, 3, 24))
+    assert len(set(plans)) == len(plans) <= 24
+    assert len(plans) == 24 or name == "uniform sweep"
+    assert evaluations.dense not in plans
+    assert list(method.run(evaluations, 3, 24)) == plans
+    assert {plan for plan, _ in measure.asked} <= set(plans)
+    if method.nested:
+        assert list(method.run(evaluations, 3, 9)) == plans[:9]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "uniform sweep"])
+def test_another_seed_gives_other_plans(rooms: dict[str, Any], tmp_path: Path, name: str) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    run = rooms["methods"].METHODS[name].run
+    assert set(run(evaluations, 0, 12)) != set(run(evaluations, 1, 12))
+
+
+def test_the_price_sweep_beats_random_plans(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile(n_layers=20))
+    methods, trace = rooms["methods"].METHODS, rooms["figures"].trace
+    swept, random = (trace(methods[name], evaluations, 0, [20], "measured") for name in ("price sweep", "random"))
+    assert list(swept) == [20] and list(random) == list(range(1, 21))
+    assert swept[20] > 1.2 * random[20]
+
+
+def test_seeded_searches_begin_as_a_study_does(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    begun = rooms["methods"].seeds(evaluations.profile, 0)
+    assert begun[0] == evaluations.dense
+    chosen = evaluations.profile.chosen(begun[1])
+    assert [c.choice for c in chosen] == [INT8] * 7 + [chosen[-1].choice]
+    assert len(begun) == len(set(begun)) >= 2 + rooms["methods"].N_SEEDED - 1
+    for name in ("seeded NSGA-II", "seeded TPE"):
+        assert list(rooms["methods"].METHODS[name].run(evaluations, 0, 12))[: len(begun) - 1] == begun[1:]
+
+
+def test_searches_of_what_is_all_known_end(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile(n_layers=2))
+    for name in METHODS:
+        plans = list(rooms["methods"].METHODS[name].run(evaluations, 0, 50))
+        assert len(set(plans)) == len(plans) <= 5  # one layer has six candidates, dense among them
+    assert len(measure.asked) <= 5
+
+
+def test_trials_carry_what_the_products_samplers_read(rooms: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Reading(RandomSampler):
+        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+            seen.append(study)
+            super().after_trial(study, trial, state, values)
+
+    def make(profile: Profile, seed: int) -> BaseSampler:
+        return Reading(seed=seed)
+
+    evaluations, _ = opened(rooms, tmp_path, make_profile(n_layers=3))
+    plans = list(rooms["methods"].sampled(make, evaluations, 0, 20))
+    records = read_records(seen[0])
+    tried = [evaluations.profile.indices(record.plan) for record in records if record.duplicate_of is None]
+    assert [indices for indices in tried if indices != evaluations.dense] == plans
+    assert any(record.duplicate_of is not None for record in records)
+    for record in records:
+        figures = evaluations.figures(evaluations.profile.indices(record.plan))
+        assert record.evaluation is not None
+        assert tuple(record.evaluation.losses.values()) == figures.losses
+        told = seen[0].trials[record.number].user_attrs
+        assert (told["drop_interval"], told["output_distance"]) == ([figures.low, figures.high], figures.distance)
+
+
+def test_the_volume_at_a_number_of_trials_is_the_last_one_before(rooms: dict[str, Any]) -> None:
+    volume_at = rooms["figures"].volume_at
+    assert [volume_at({10: 0.3, 33: 0.4}, n) for n in (9, 10, 20, 50)] == [0.0, 0.3, 0.3, 0.4]
+
+
+def test_trials_to_reach_a_volume_are_those_of_the_first_time(rooms: dict[str, Any]) -> None:
+    figures = rooms["figures"]
+    trace = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.4}
+    assert [figures.trials_to_reach(trace, volume) for volume in (0.1, 0.25, 0.4, 0.5)] == [1, 2, 4, None]
+    other = [{1: 0.25}, {1: 0.4}, {1: 0.5}]
+    assert figures.reach([trace] * 3, other, 1) == {"median": 4, "reached": 2, "of": 3}
+    assert figures.reach([trace] * 3, [{1: 0.5}] * 3, 1) == {"median": None, "reached": 0, "of": 3}
+
+
+def test_pairs_are_seed_by_seed(rooms: dict[str, Any]) -> None:
+    assert rooms["figures"].pairs([2.0, 1.0, 3.0], [1.0, 2.0, 2.0]) == {"wins": 2, "of": 3, "median_ratio": 1.5}
+    assert rooms["figures"].quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+@pytest.mark.parametrize(("by", "met"), [("median", True), ("every seed", False)])
+def test_targets_are_judged_by_the_median_or_every_seed(rooms: dict[str, Any], by: str, met: bool) -> None:
+    target = rooms["figures"].Target(ours="a", ours_trials=5, other="b", other_trials=10, by=by)
+    traces = {"a": [{5: 0.3}, {5: 0.1}, {5: 0.4}], "b": [{10: 0.2}, {10: 0.2}, {10: 0.2}]}
+    assert target.judge(traces) is met
+    assert target.judge({"a": traces["a"]}) is None
+
+
+def test_targets_name_methods_that_there_are(rooms: dict[str, Any]) -> None:
+    search = rooms["search"]
+    for target in [*search.TARGETS, search.QUICK_TARGET]:
+        assert {target.ours, target.other} <= set(rooms["methods"].METHODS)
+        assert target.ours_trials > 0 and target.other_trials > 0
+    assert set(search.BARS) | {search.BASELINE} <= set(rooms["methods"].METHODS)
+    assert set(METHODS) <= set(rooms["methods"].METHODS)
+    assert set(search.SEEDS) == set(rooms["subjects"].STUDIES)
+
+
+def test_figures_of_a_network_are_printed_and_json(rooms: dict[str, Any], tmp_path: Path) -> None:
+    search = rooms["search"]
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    traces = search._traces("synthetic", evaluations, METHODS, 2, [5, 10], "estimated")
+    figures = search._figures(evaluations, traces, [5, 10], search.TARGETS)
+    lines = search._lines("synthetic", figures)
+    assert all(any(line.strip().startswith(name) for line in lines) for name in METHODS)
+    assert json.loads(json.dumps(figures))["seeds"] == 2
+    assert figures["hypervolume"]["price sweep"][10]["median"] > figures["hypervolume"]["random"][10]["median"]
+
+
+def test_drawn_batches_are_those_of_the_seed_and_leave_the_random_numbers_alone(rooms: dict[str, Any]) -> None:
+    class Shuffled:
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for rows in torch.randperm(10).split(4):
+                yield rows.float(), rows
+
+    drawn = rooms["subjects"].drawn
+    state = torch.random.get_rng_state()
+    first, second = (torch.cat([targets for _, targets in drawn(Shuffled(), 5, 0)]) for _ in range(2))
+    assert torch.equal(first, second) and len(first) == 8
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_linear_network_is_eight_linear_layers(rooms: dict[str, Any]) -> None:
+    network = rooms["subjects"].ResidualMLP()
+    assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert sum(isinstance(module, torch.nn.Linear) for module in network.modules()) == 8
