@@ -34,6 +34,7 @@ def rooms() -> Iterator[dict[str, Any]]:
         import search_evaluations
         import search_figures
         import search_methods
+        import search_recovered
         import search_subjects
 
         yield {
@@ -41,6 +42,7 @@ def rooms() -> Iterator[dict[str, Any]]:
             "evaluations": search_evaluations,
             "figures": search_figures,
             "methods": search_methods,
+            "recovered": search_recovered,
             "subjects": search_subjects,
         }
     finally:
@@ -57,6 +59,8 @@ class Measure:
     def __call__(self, indices: tuple[int, ...], split: str) -> dict[str, Any]:
         self.asked.append((indices, split))
         loss, _, size = self.profile.predict(indices)
+        if split == "trained":
+            return {"drop": 0.2 * loss, "test": 0.25 * loss}
         drop = loss if split == "validation" else 1.1 * loss
         row = {"drop": drop, "low": drop - 0.01, "high": drop + 0.01, "seconds": {"all": 0.5}}
         return row | ({"distance": loss, "bytes_ratio": size} if split == "validation" else {})
@@ -305,3 +309,30 @@ def test_the_linear_network_is_eight_linear_layers(rooms: dict[str, Any]) -> Non
     network = rooms["subjects"].ResidualMLP()
     assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     assert sum(isinstance(module, torch.nn.Linear) for module in network.modules()) == 8
+
+
+def test_bands_hold_ten_plans_of_like_latency_each(rooms: dict[str, Any]) -> None:
+    profile = make_profile(n_layers=16)
+    recovered = rooms["recovered"]
+    bands = recovered.banded_plans(profile)
+    assert bands == recovered.banded_plans(profile)
+    assert [len(set(band)) for band in bands] == [10] * recovered.N_BANDS
+    for band in bands:
+        latencies = [profile.predict(plan)[1] for plan in band]
+        assert max(latencies) <= 1.06 * min(latencies)
+
+
+def test_agreement_with_training_is_told_inside_bands(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile(n_layers=16))
+    figures = rooms["recovered"].agreement(evaluations)
+    assert all(value > 0.99 for value in figures["correlation"]["predicted"] + figures["test"])
+    assert sum(split == "trained" for _, split in measure.asked) == 30
+    assert len(rooms["recovered"].agreement_lines("synthetic", json.loads(json.dumps(figures)))) == 8
+
+
+def test_rank_correlation_is_spearmans(rooms: dict[str, Any]) -> None:
+    correlation = rooms["recovered"].rank_correlation
+    assert correlation([1, 2, 3, 4], [10, 20, 30, 900]) == pytest.approx(1.0)
+    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert correlation([1, 1, 2, 2], [1, 2, 3, 4]) == pytest.approx(0.8944, abs=1e-3)
+    assert correlation([1, 1, 1], [1, 2, 3]) == 0.0

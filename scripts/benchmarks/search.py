@@ -3,11 +3,12 @@
 Hypervolume of (drop, latency ratio, bytes ratio) against (0.10, 1.05, 1.0): the front is chosen by validation images
 and its drops are those on test images, which no search sees. A trial is a distinct plan, evaluated after BatchNorm
 re-estimation; dense is known to all. Latency is the candidate table's prediction, which has no noise, so that all
-searches see the same. Evaluations are kept in the folder that `--recorded` names and none is made twice; the ResNets
-need the folder that RANKSEARCH_DATA names. Targets: PriceSampler covers in 10 trials what raw NSGA-II does in 200; never
-less than the price sweep without search at 20, and more in the median at 50 and 100; more than seeded NSGA-II and seeded
-TPE at 50. Its ablations are shown and not judged. `--quick`: a narrow network on the digits; ten plans of PriceSampler
-cover no less than thirty of NSGA-II.
+searches see the same. Targets: PriceSampler covers in 10 trials what raw NSGA-II does in 200; never less than the price
+sweep without search at 20, and more in the median at 50 and 100; more than seeded NSGA-II and seeded TPE at 50. Its
+ablations are shown and not judged. Recovered: whether what is known before training orders plans of like latency as
+their fine-tuned drops do, over thirty plans in three bands; shown and not judged. Evaluations are kept in the folder
+that `--recorded` names and none is made twice; the ResNets need the folder that RANKSEARCH_DATA names. `--quick`: a
+narrow network on the digits; ten plans of PriceSampler cover no less than thirty of NSGA-II.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from common import Answer, Question, ask, options, scratch
 from search_evaluations import Evaluations, mean_seconds, open_evaluations
 from search_figures import FRONTS, Target, Trace, pairs, quartiles, reach, trace, volume_at
 from search_methods import METHODS
+from search_recovered import N_BANDS, N_PER_BAND, agreement, agreement_lines
 from search_subjects import STUDIES, open_subject
 
 from ranksearch.cache import cache_directory
@@ -81,6 +83,21 @@ def hypervolumes(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
         "holds": all(judged),
         "scope": f"hypervolume on test images of the front chosen by {arguments.front} validation drops; medians and "
         "quartiles over seeds: " + ", ".join(f"{name} {figure['seeds']}" for name, figure in figures.items()),
+    }, lines
+
+
+def recovered(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
+    """Each network's plans in bands of latency, fine-tuned."""
+    figures, lines = {}, []
+    for name in arguments.networks:
+        evaluations = open_evaluations(open_subject(name, arguments.recorded))
+        figures[name] = agreement(evaluations)
+        lines += agreement_lines(name, figures[name])
+    return {
+        "networks": figures,
+        "holds": True,
+        "scope": f"{N_BANDS} bands of 5 % around predicted latencies, {N_PER_BAND} plans each; rank correlation with "
+        "the fine-tuned drop inside bands; not judged",
     }, lines
 
 
@@ -171,7 +188,7 @@ def _lines(name: str, figure: Mapping[str, Any]) -> list[str]:
     return lines + [f"    {target}: {words[met]}" for target, met in figure["targets"].items()]
 
 
-QUESTIONS: Mapping[str, Question] = {"hypervolume": hypervolumes}
+QUESTIONS: Mapping[str, Question] = {"hypervolume": hypervolumes, "recovered": recovered}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from search_subjects import Subject, drawn
 from torch import nn
 
 from ranksearch.candidates import Profile
-from ranksearch.compression import compress
+from ranksearch.compression import calibrate_ranges, compress
 from ranksearch.evaluation import Evaluation
 from ranksearch.plan import Plan
-from ranksearch.recovery import reestimate_batchnorm
+from ranksearch.quantization import freeze
+from ranksearch.recovery import recover, reestimate_batchnorm
 from ranksearch.scoring import output_distance, paired_drop
 from ranksearch.weights import packed_bytes
 
@@ -25,7 +26,8 @@ N_BATCHNORM, SEED = 2048, 0
 # Of what is put on record; a thousandth of an image of ten thousand.
 N_DIGITS = 7
 
-Split = Literal["validation", "test"]
+# `trained` is no split: the drops on both after the study's own fine-tuning.
+Split = Literal["validation", "test", "trained"]
 Indices = tuple[int, ...]
 Row = dict[str, Any]
 # (plan, split) -> its row: drop, low and high; on validation distance and bytes_ratio too.
@@ -112,6 +114,10 @@ class Evaluations:
             self._test[indices] = self._row(indices, "test")["drop"]
         return self._test[indices]
 
+    def trained(self, indices: Indices) -> Row:
+        """What the plan loses after the study's fine-tuning: `drop` on validation, and on `test` images."""
+        return self._row(indices, "trained")
+
     def evaluation(self, indices: Indices) -> Evaluation:
         """The figures in the product's words, for samplers that read them from a study's trials."""
         figures, plan = self.figures(indices), self.profile.plan(indices)
@@ -152,6 +158,8 @@ class Measurement:
 
     def measure(self, indices: Indices, split: Split) -> Row:
         """The drop on a split; on validation with the distance to dense's outputs, bytes, and where the time went."""
+        if split == "trained":
+            return self._trained(self.subject.profile.plan(indices))
         started = time.perf_counter()
         plan, seconds = self.subject.profile.plan(indices), dict[str, float]()
         model = self._model(plan, seconds)
@@ -167,6 +175,21 @@ class Measurement:
         seconds |= {"score": time.perf_counter() - lap, "all": time.perf_counter() - started}
         rounded = {name: round(value, N_DIGITS) for name, value in row.items()}
         return rounded | {"seconds": {step: round(value, 3) for step, value in seconds.items()}}
+
+    def _trained(self, plan: Plan) -> Row:
+        """The drops of a plan that is fine-tuned by the study's recovery, as the product does it."""
+        started = time.perf_counter()
+        bench, spec = self.subject.bench, self.subject.bench.spec
+        model = self._compressed(plan, {})
+        recover(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
+        model.eval()
+        calibrate_ranges(model, bench.calibration)
+        freeze(model)
+        drops = {}
+        for split, name in (("validation", "drop"), ("test", "test")):
+            scores = bench.score(model, self._batches[split])
+            drops[name] = paired_drop(self._dense[split], scores, spec.score, spec.higher_is_better, spec.seed).value
+        return drops | {"seconds": {"all": round(time.perf_counter() - started, 4)}}
 
     def _model(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
         if self._last is None or self._last[0] != plan:
