@@ -31,6 +31,7 @@ def rooms() -> Iterator[dict[str, Any]]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import search
+        import search_asking
         import search_evaluations
         import search_figures
         import search_methods
@@ -38,6 +39,7 @@ def rooms() -> Iterator[dict[str, Any]]:
         import search_subjects
 
         yield {
+            "asking": search_asking,
             "search": search,
             "evaluations": search_evaluations,
             "figures": search_figures,
@@ -336,3 +338,13 @@ def test_rank_correlation_is_spearmans(rooms: dict[str, Any]) -> None:
     assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
     assert correlation([1, 1, 2, 2], [1, 2, 3, 4]) == pytest.approx(0.8944, abs=1e-3)
     assert correlation([1, 1, 1], [1, 2, 3]) == 0.0
+
+
+def test_asking_is_timed_on_a_table_of_many_layers(rooms: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asking = rooms["asking"]
+    profile = asking.deep_profile()
+    assert len(profile.layers) == 200 and all(len(layer.candidates) == 12 for layer in profile.layers)
+    monkeypatch.setattr(asking, "N_TRIALS", 20)
+    monkeypatch.setattr(asking, "N_ASKED", 3)
+    found = asking.asking_ms()
+    assert found["median_ms"] > 0 and found["first_ms"] > 0 and found["trials"] == 20

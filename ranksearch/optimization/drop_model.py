@@ -32,7 +32,7 @@ LEAST_SLOPE = 0.1
 RELATIVE_ERROR, LEAST_ERROR = 0.15, 0.02
 DISTANCE_ERROR = 0.2  # of its logarithm
 N_AS_EXPECTED, LARGEST_EXCESS, LEAST_SCALE = 5, 9.0, 0.5
-N_STEPS = 6
+N_STEPS, N_MORE_STEPS = 5, 2
 LARGEST_STEP = 1.0
 
 
@@ -137,7 +137,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DropModel:
-    """Drops fitted to trials, with how sure that is: `mean` and `covariance` of the parameters, as a vector.
+    """Drops fitted to trials, with how sure that is: `mean` and `precision` (inverse covariance) of the parameters.
 
     `power` is that of the mean that losses add up in; `error_scale` how many times what is expected of them fitted
     drops are off.
@@ -146,22 +146,27 @@ class DropModel:
     table: LossTable
     power: float
     mean: Floats
-    covariance: Floats
+    precision: Floats
     error_scale: float
     evidence: float
 
     @classmethod
     def fit(cls, table: LossTable, observed: Observed) -> Self:
-        """The model of best evidence over the power means."""
-        return max((cls._fitted(table, power, observed) for power in POWERS), key=lambda model: model.evidence)
+        """The model of best evidence over the power means; one's parameters are where the next one's fit begins."""
+        start, _ = _prior(table)
+        models: list[Self] = []
+        for power, n_steps in zip(POWERS, (N_STEPS, *[N_MORE_STEPS] * (len(POWERS) - 1)), strict=True):
+            models.append(cls._fitted(table, power, observed, start, n_steps))
+            start = models[-1].mean
+        return max(models, key=lambda model: model.evidence)
 
     @classmethod
-    def _fitted(cls, table: LossTable, power: float, observed: Observed) -> Self:
+    def _fitted(cls, table: LossTable, power: float, observed: Observed, start: Floats, n_steps: int) -> Self:
         """Gauss-Newton steps to the mode of the posterior; its evidence by Laplace's approximation."""
         expected, precision = _prior(table)
         rows = _Rows.of(table, power, observed)
-        mean = expected.copy()
-        for _ in range(N_STEPS):
+        mean = start
+        for _ in range(n_steps):
             residuals, variance, jacobian = rows.at(mean)
             weighted = jacobian / variance[:, None]
             hessian = weighted.T @ jacobian + np.diag(precision)
@@ -174,16 +179,16 @@ class DropModel:
             table=table,
             power=power,
             mean=mean,
-            covariance=np.asarray(np.linalg.inv(hessian), dtype=np.float64),
+            precision=hessian,
             error_scale=rows.error_scale(mean),
             evidence=-0.5 * (misfit + surprise + float(np.linalg.slogdet(hessian)[1])),
         )
 
     def drawn(self, rng: np.random.Generator) -> Self:
         """The model with parameters drawn from what is still possible (Thompson sampling)."""
-        values, vectors = np.linalg.eigh(self.covariance)
-        draw = vectors @ (np.sqrt(np.maximum(values, 0.0)) * rng.standard_normal(len(values)))
-        return replace(self, mean=self.mean + draw)
+        # With precision = root @ root.T, the covariance is that of root.T^-1 times independent normals.
+        root = np.linalg.cholesky(self.precision)
+        return replace(self, mean=self.mean + np.linalg.solve(root.T, rng.standard_normal(len(root))))
 
     def losses(self) -> Floats:
         """What each candidate adds to the sum that decides the drop, by (layer, candidate); infinite where none is."""
@@ -197,7 +202,7 @@ class DropModel:
     def deviations(self, plans: Indices) -> Floats:
         """How far off the prediction may be, as a standard deviation in score units."""
         drops, jacobian = _drops(_places(self.table, self.power, self.mean, plans))
-        uncertain = ((jacobian @ self.covariance) * jacobian).sum(axis=1)
+        uncertain = (jacobian * np.linalg.solve(self.precision, jacobian.T).T).sum(axis=1)
         variance: Floats = np.maximum(uncertain, 0.0) + (self.error_scale * _errors(drops)) ** 2
         return np.sqrt(variance) * self.table.unit
 

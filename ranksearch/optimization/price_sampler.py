@@ -24,7 +24,7 @@ from ranksearch.spec import OBJECTIVES, Objective
 
 N_SEED_PRICES = 4
 # The fit takes no longer than a trial of a small model: the latest trials, near the front, teach most.
-N_LEARNED_FROM = 256
+N_LEARNED_FROM = 160
 # Every so many trials the neighbours of the front come before what prices decode to.
 SWAP_TURN = 4
 N_WIDENINGS = 4
@@ -135,10 +135,12 @@ class PriceSampler(BaseSampler):
 
     def _pools(self, members: Indices, outlook: Outlook, number: int, rng: np.random.Generator) -> Iterator[Indices]:
         """Plans to choose from, the preferred first; the last are ever farther from the front's `members`."""
+        if number % SWAP_TURN == 0 and len(members):
+            yield swapped(outlook.table, members, rng)
         decoded = priced(outlook.table, outlook.drawn.losses(), self._objectives, rng)
+        yield decoded
         nearby = np.concatenate([members, decoded])
-        swaps = swapped(outlook.table, members if len(members) else decoded, rng)
-        yield from (swaps, decoded) if number % SWAP_TURN == 0 else (decoded, swaps)
+        yield swapped(outlook.table, nearby, rng)
         for _ in range(N_WIDENINGS):
             nearby = moved(outlook.table, nearby, rng)
             yield nearby

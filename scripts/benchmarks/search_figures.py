@@ -62,27 +62,25 @@ def estimated_volumes(evaluations: Evaluations, plans: Iterable[Indices]) -> Tra
 
     It decides on drops that are estimated out of all trials, instead of those that each measured.
     """
-    told = [
-        TrialRecord(
-            number=0,
-            state="complete",
-            origin="dense",
-            plan=evaluations.profile.plan(evaluations.dense),
-            evaluation=evaluations.evaluation(evaluations.dense),
-        )
-    ]
+    told = [_record(evaluations, 0, evaluations.dense)]
     found: Trace = {}
-    tried = list(plans)
-    for number, indices in enumerate(tried, start=1):
-        evaluation = evaluations.evaluation(indices)
-        told.append(
-            TrialRecord(number=number, state="complete", origin="", plan=evaluation.plan, evaluation=evaluation)
-        )
-        if number in CHECKPOINTS or number == len(tried):
-            estimates = estimated_drops(evaluations.profile, told, REFERENCE_POINT[0])
-            chosen = front(told, OBJECTIVES, estimates)
-            found[number] = test_volume(evaluations, [evaluations.profile.indices(record.plan) for record in chosen])
-    return found
+    for number, indices in enumerate(plans, start=1):
+        told.append(_record(evaluations, number, indices))
+        if number in CHECKPOINTS:
+            found[number] = _estimated_volume(evaluations, told)
+    last = len(told) - 1
+    return found if last in {0, *found} else {**found, last: _estimated_volume(evaluations, told)}
+
+
+def _record(evaluations: Evaluations, number: int, indices: Indices) -> TrialRecord:
+    evaluation = evaluations.evaluation(indices)
+    return TrialRecord(number=number, state="complete", origin="", plan=evaluation.plan, evaluation=evaluation)
+
+
+def _estimated_volume(evaluations: Evaluations, told: Sequence[TrialRecord]) -> float:
+    estimates = estimated_drops(evaluations.profile, told, REFERENCE_POINT[0])
+    chosen = front(told, OBJECTIVES, estimates)
+    return test_volume(evaluations, [evaluations.profile.indices(record.plan) for record in chosen])
 
 
 def volumes(evaluations: Evaluations, plans: Iterable[Indices]) -> Trace:
