@@ -26,6 +26,7 @@ from ranksearch.optimization import (
     measure_weights,
     open_study,
     optimise,
+    out_of_reach,
     read_records,
     trained_evaluations,
 )
@@ -172,6 +173,8 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
         new=new,
     ) as optuna_study:
         remember_script(place, request.script)
+        for sentence in out_of_reach(session.profile, limits):
+            stage(f"warning: {sentence}")
         stage("opening MLflow")
         tracker = open_tracker(bench, session, request.tracking_uri, request.experiment, request.sampler)
         listener = Listener(spec.objectives, limits, session, place, tracker, told, read_records(optuna_study))

@@ -9,6 +9,7 @@ from synthetic_study import make_profile
 
 from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.errors import StudyError
+from ranksearch.optimization import ResolvedLimits, out_of_reach
 from ranksearch.optimization.prices import (
     coarse_to_fine,
     price_path,
@@ -143,3 +144,13 @@ def test_params_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(StudyError, match=r"layer 'block.2.conv': candidate 6 is not an index from 0 to 5"):
         to_indices(profile, {**params, "block.2.conv": 6})
     assert n_plans(profile) == 6**7
+
+
+def test_goals_that_no_plan_comes_near_are_told() -> None:
+    profile = make_profile(4)
+    assert out_of_reach(profile, ResolvedLimits(max_drop=0.0, max_latency_ratio=0.9, max_bytes_ratio=0.9)) == []
+    latency, size = out_of_reach(profile, ResolvedLimits(max_latency_ratio=0.1, max_bytes_ratio=0.1))
+    assert "0.1x latency is out of reach" in latency and "0.1x size is out of reach" in size
+    fastest = min(profile.predict(plan)[1] for plan in every_plan(profile))
+    assert f"below {fastest:.3g}x" in latency
+    assert out_of_reach(profile, ResolvedLimits(max_latency_ratio=0.95 * fastest)) == [], "predictions are off at times"

@@ -9,7 +9,7 @@ import pytest
 from command_line import Commands, Searched
 
 import ranksearch as rs
-from ranksearch.cli.options import other_target
+from ranksearch.cli.options import changed_target
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import StudyHome
 from ranksearch.search_result import read_result
@@ -27,7 +27,7 @@ def folder(searched: Searched, tmp_path: Path) -> Path:
 
 def test_the_front_elsewhere_is_measured_once_and_told_in_the_fronts_columns(folder: Path) -> None:
     study, home = load_study(folder / "study.py"), folder / ".ranksearch"
-    target = other_target(TORCH, study.target)
+    target = changed_target(TORCH, study.target)
     asked: list[str] = []
     rows = rs.remeasure_front(study, target, home=home, on_plan=asked.append)
     front = {row["trial"]: row for row in read_result(StudyHome(home / study.name)).rows if row["pareto"]}
@@ -70,6 +70,6 @@ def test_a_study_that_was_not_run_has_no_front(folder: Path, tmp_path: Path) -> 
 
 def test_what_a_target_is_not_told_stays() -> None:
     target = rs.Target(runtime="openvino", batch_size=32, threads=2)
-    assert other_target("runtime=onnxruntime, threads=1", target) == rs.Target(
+    assert changed_target("runtime=onnxruntime, threads=1", target) == rs.Target(
         runtime="onnxruntime", batch_size=32, threads=1
     )

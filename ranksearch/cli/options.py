@@ -50,7 +50,7 @@ def duration_s(text: str, option: str) -> float:
     return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
-def other_target(text: str, target: Target) -> Target:
+def changed_target(text: str, target: Target) -> Target:
     """The target with what `runtime=onnxruntime,threads=1` changes. Raises StudyError for what it has not."""
     kinds = {field.name: field.type for field in dataclasses.fields(Target)}
     changes: dict[str, Any] = {}

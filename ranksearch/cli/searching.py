@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ranksearch.cli.options import other_target, typed
+from ranksearch.cli.options import changed_target, typed
 from ranksearch.cli.reading import check_format, export_choice, print_rows, verify_export
 from ranksearch.cli.stopping import StopSignals
 from ranksearch.cli.terminal import Terminal, duration, err, print_controls, print_front, print_gaps, print_table, say
@@ -111,7 +111,7 @@ def front_elsewhere(script: Path, target: str, *, format: str, home: Path, stora
 
     check_format(format)
     study = load_study(script)
-    elsewhere = other_target(target, study.target)
+    elsewhere = changed_target(target, study.target)
     with err.status("measuring the front on another target") as status:
         rows = remeasure_front(study, elsewhere, home=home, storage=storage, on_plan=status.update)
     ran = [row for row in rows if row["latency_ratio"] is not None]

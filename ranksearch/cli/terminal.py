@@ -77,7 +77,10 @@ class Terminal:
         self._progress.stop()
 
     def stage(self, text: str) -> None:
-        """Shows what is being done."""
+        """Shows what is being done; a warning stays."""
+        if text.startswith("warning:"):
+            self._say(text)
+            return
         self._stage, self._told_at = text, time.monotonic()
         self._progress.update(self._task, description=text)
         if not self._interactive:

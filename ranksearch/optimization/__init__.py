@@ -1,7 +1,7 @@
 """Which plan to try next: the space, the prices, the samplers, the loop, and how a study goes on where it stopped."""
 
 from ranksearch.optimization.estimates import Estimates, drop_unit, estimated_drops
-from ranksearch.optimization.limits import ResolvedLimits
+from ranksearch.optimization.limits import ResolvedLimits, out_of_reach
 from ranksearch.optimization.loop import optimise
 from ranksearch.optimization.price_sampler import PriceSampler
 from ranksearch.optimization.prices import price_sweep, uniform
@@ -35,6 +35,7 @@ __all__ = [
     "measure_weights",
     "open_study",
     "optimise",
+    "out_of_reach",
     "price_sweep",
     "read_study",
     "read_records",

@@ -1,8 +1,15 @@
-"""The goals as numbers: how far an evaluation is beyond them, and whether it meets them."""
+"""The goals as numbers: how far an evaluation is beyond them, whether it meets them, and whether any plan can."""
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from ranksearch.candidates import Profile
 from ranksearch.evaluation import Evaluation
+from ranksearch.optimization.table import Floats, Table
+
+# Predictions are this far off at times: a goal that they miss by less may be met.
+SLACK = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,3 +51,22 @@ class ResolvedLimits:
             for name, limit in self.to_json().items()
             if limit is not None and (figure := figures[name]) is not None
         }
+
+
+def out_of_reach(profile: Profile, limits: ResolvedLimits) -> list[str]:
+    """In a sentence each, the goals that no plan of the table is predicted to come near."""
+    table = Table.of(profile)
+    found = []
+    for name, limit, rest, shares in (
+        ("latency", limits.max_latency_ratio, table.latency_rest, table.latency),
+        ("size", limits.max_bytes_ratio, table.bytes_rest, table.bytes),
+    ):
+        least = rest + _least(table, shares)
+        if limit is not None and limit < SLACK * least:
+            found.append(f"the goal of {limit:.3g}x {name} is out of reach: no plan is predicted below {least:.3g}x")
+    return found
+
+
+def _least(table: Table, shares: Floats) -> float:
+    """The sum over layers of the least on offer."""
+    return float(np.where(np.isfinite(table.loss), shares, np.inf).min(axis=1).sum())
