@@ -41,20 +41,21 @@ class Outlook:
         }
         return np.stack([columns[name](plans) for name in self.objectives], axis=1)
 
-    def best(self, plans: Indices, front: Floats, rng: np.random.Generator) -> Indices:
-        """The plan of the largest expected gain in hypervolume over `front` (n_members, n_objectives).
+    def best(self, plans: Indices, front: Floats, rng: np.random.Generator) -> tuple[int, ...] | None:
+        """The plan of the largest expected gain in hypervolume over `front` (n_members, n_objectives); None if none.
 
-        A gain counts by the chance that the plan meets the limits. Where none gains anything, the plan that comes
-        nearest to them.
+        A gain counts by the chance that the plan meets the limits.
         """
-        expected, chances = self.expected(plans), self.log_chances(plans)
+        expected = self.expected(plans)
         low = np.minimum(expected.min(axis=0), front.min(axis=0, initial=np.inf))
         undominated = Undominated.sample(front, low, np.maximum(self._corner(), low + 1e-9), rng)
-        gains = undominated.gains(expected) * np.exp(chances)
-        if gains.max() > 0:
-            return np.asarray(plans[int(gains.argmax())])
-        nearest = rng.integers(len(plans)) if chances.max() == 0 else chances.argmax()
-        return np.asarray(plans[int(nearest)])
+        gains = undominated.gains(expected) * np.exp(self.log_chances(plans))
+        return _plan(plans, int(gains.argmax())) if gains.max() > 0 else None
+
+    def nearest(self, plans: Indices, rng: np.random.Generator) -> tuple[int, ...]:
+        """The plan that most likely meets the limits; any, where all surely do."""
+        chances = self.log_chances(plans)
+        return _plan(plans, int(rng.integers(len(plans)) if chances.max() == 0 else chances.argmax()))
 
     def log_chances(self, plans: Indices) -> Floats:
         """The logarithm of each plan's chance to meet every limit."""
@@ -79,6 +80,10 @@ class Outlook:
             "bytes": n_bytes if most_bytes is None else min(n_bytes, BEYOND * most_bytes),
         }
         return np.array([corner[name] for name in self.objectives])
+
+
+def _plan(plans: Indices, row: int) -> tuple[int, ...]:
+    return tuple(int(index) for index in plans[row])
 
 
 def _log_chance(deviations: Floats) -> Floats:

@@ -101,11 +101,13 @@ class PriceSampler(BaseSampler):
         rng = np.random.default_rng([self._seed % 2**63, number])
         outlook = self._outlook(known, rng)
         members, front = self._front(known, outlook)
+        passed_over: list[Indices] = []
         for plans in self._pools(members, outlook, number, rng):
             fresh = plans[[tuple(plan) not in known.tried for plan in plans.tolist()]]
-            if len(fresh):
-                return tuple(int(index) for index in outlook.best(fresh, front, rng))
-        return self._seeds[-1]
+            if len(fresh) and (best := outlook.best(fresh, front, rng)) is not None:
+                return best
+            passed_over += [fresh] if len(fresh) else []
+        return outlook.nearest(passed_over[0], rng) if passed_over else self._seeds[-1]
 
     def _outlook(self, known: Known, rng: np.random.Generator) -> Outlook:
         """What the trials teach."""
