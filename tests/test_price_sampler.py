@@ -118,6 +118,21 @@ def test_trials_go_where_the_goals_are() -> None:
     assert n_feasible(bound) > 2 * n_feasible(free) and n_feasible(bound) > 15
 
 
+def test_with_a_drop_goal_no_trials_go_where_drops_are_below_the_noise() -> None:
+    def n_mild(limits: ResolvedLimits) -> int:
+        study = created(limits=limits)
+        n = 0
+        for number in range(40):
+            trial = study.ask(distributions(PROFILE))
+            figures = measure(to_indices(PROFILE, trial.params))
+            n += number >= 10 and figures["drop"] < 0.003
+            trial.set_user_attr("drop_interval", [figures["drop"] - 0.01, figures["drop"] + 0.01])
+            study.tell(trial, list(figures.values()))
+        return n
+
+    assert n_mild(ResolvedLimits(max_drop=0.03)) == 0
+
+
 def test_goals_that_nothing_meets_draw_trials_nearer() -> None:
     plans = run(created(limits=ResolvedLimits(max_drop=0.0001, max_latency_ratio=0.3)), 30)
     assert len(set(plans)) == 30

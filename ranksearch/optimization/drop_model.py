@@ -96,6 +96,12 @@ class Observed:
     deviations: Floats
     distances: Floats
 
+    @property
+    def resolution(self) -> float:
+        """A drop that the trials' noise can barely tell from none: their median deviation; 0 without trials."""
+        noisy = self.deviations[self.deviations > 0]
+        return float(np.median(noisy)) if len(noisy) else 0.0
+
     def last(self, n: int) -> Self:
         """The last `n` trials."""
         return type(self)(

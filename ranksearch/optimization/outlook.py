@@ -23,7 +23,8 @@ BEYOND = 1.05
 class Outlook:
     """What is expected of plans, in the order of the `objectives`.
 
-    `drawn` are drops as they may be, `fitted` as they are most likely; `table` predicts latency and bytes.
+    `drawn` are drops as they may be, `fitted` as they are most likely; `table` predicts latency and bytes. Below
+    `resolution` drops are all alike: nobody can tell them apart.
     """
 
     fitted: DropModel
@@ -31,6 +32,7 @@ class Outlook:
     table: Table
     objectives: tuple[Objective, ...]
     limits: ResolvedLimits
+    resolution: float = 0.0
 
     def expected(self, plans: Indices) -> Floats:
         """What the plans (n_plans, n_layers) may measure, (n_plans, n_objectives)."""
@@ -46,7 +48,7 @@ class Outlook:
 
         A gain counts by the chance that the plan meets the limits.
         """
-        expected = self.expected(plans)
+        expected, front = self._resolved(self.expected(plans)), self._resolved(front)
         low = np.minimum(expected.min(axis=0), front.min(axis=0, initial=np.inf))
         undominated = Undominated.sample(front, low, np.maximum(self._corner(), low + 1e-9), rng)
         gains = undominated.gains(expected) * np.exp(self.log_chances(plans))
@@ -69,6 +71,11 @@ class Outlook:
             if limit is not None:
                 chances += _log_chance((limit / np.maximum(ratios, 1e-9) - 1) / deviation)
         return chances
+
+    def _resolved(self, losses: Floats) -> Floats:
+        """The losses, drops no less than what can be told from none."""
+        least = [self.resolution if name == "drop" else -np.inf for name in self.objectives]
+        return np.maximum(losses, least)
 
     def _corner(self) -> Floats:
         """What is worth nothing: little beyond the limits, where there are any."""

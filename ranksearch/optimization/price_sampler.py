@@ -122,6 +122,8 @@ class PriceSampler(BaseSampler):
             table=self._table.timed_by(latency),
             objectives=self._objectives,
             limits=self._limits,
+            # With a goal for the drop, what can barely be told from none meets it, and is as good as none.
+            resolution=0.0 if self._limits.max_drop is None else known.observed.resolution,
         )
 
     def _front(self, known: Known, outlook: Outlook) -> tuple[Indices, Floats]:
