@@ -144,6 +144,28 @@ def choose(rows: Sequence[Row], *, minimize: str = "latency") -> tuple[Row, str]
     )
 
 
+def promoted(rows: Sequence[Row], count: int) -> list[int]:
+    """The trials of so many plans that are worth a full training: those that together cover most of the front.
+
+    Out of the compressed plans on the front that meet the goals, or out of all of them where none does; each next one
+    adds most to the hypervolume of those before, as in multi-objective successive halving (Schmucker et al., 2021).
+    """
+    front = [row for row in rows if row["pareto"] and is_compressed(row)]
+    left = [row for row in front if row["feasible"]] or front
+    chosen: list[Row] = []
+    while left and len(chosen) < count:
+        best = max(left, key=lambda row: (_covered([*chosen, row]), -row["trial"]))
+        left.remove(best)
+        chosen.append(best)
+    return [row["trial"] for row in chosen]
+
+
+def _covered(rows: Sequence[Row]) -> float:
+    """The hypervolume of rows by their likely drops."""
+    losses = [[likely_drop(row), row["latency_ratio"], row["bytes_ratio"]] for row in rows]
+    return hypervolume(losses, REFERENCE_POINT)  # type: ignore[arg-type]
+
+
 def nearest(rows: Sequence[Row], limits: ResolvedLimits) -> dict[str, Row]:
     """Where no compressed plan meets the goals, the one on each side that comes nearest to them, by what it keeps.
 

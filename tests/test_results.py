@@ -18,6 +18,7 @@ from ranksearch.results import (
     is_compressed,
     judged,
     nearest,
+    promoted,
     recommended,
     resolve_goals,
     study_hypervolume,
@@ -186,6 +187,23 @@ def test_front_and_drop_goal_are_decided_on_the_estimates() -> None:
     assert not by_trial[1]["feasible"] and by_trial[3]["feasible"]
     assert by_trial[1]["accuracy_drop"] == 0.005 and by_trial[1]["estimated_drop"] == 0.012
     assert by_trial[2]["estimated_drop"] is None
+
+
+def test_promoted_plans_cover_most_of_the_front_together() -> None:
+    def row(trial: int, drop: float, latency: float, size: float, **changes: Any) -> Row:
+        found = evaluation_row(evaluation(8, drop, latency, size), NO_LIMITS) | {"trial": trial, "pareto": True}
+        return found | changes
+
+    rows = [
+        row(0, 0.0, 1.0, 1.0, summary="dense: dense"), row(1, 0.001, 0.5, 0.5), row(2, 0.002, 0.48, 0.5),
+        row(3, 0.05, 0.2, 0.2), row(4, 0.0, 0.1, 0.1, pareto=False),
+    ]  # fmt: skip
+    assert promoted(rows, 1) == [3] and set(promoted(rows, 2)) == {2, 3}, "1 and 2 are almost the same plan"
+    assert len(promoted(rows, 9)) == 3 and promoted(rows, 0) == [] == promoted(rows[:1], 3)
+    bound = [judged(found, ResolvedLimits(max_drop=0.0015)) for found in rows]
+    assert promoted(bound, 2) == [1], "only what meets the goals"
+    bound = [judged(found, ResolvedLimits(max_drop=-1.0)) for found in rows]
+    assert promoted(bound, 1) == [3], "where nothing does, the front as it is"
 
 
 def test_nearest_plans_on_each_side_of_goals_that_none_meets() -> None:

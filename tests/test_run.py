@@ -282,6 +282,11 @@ def test_a_chosen_plan_is_trained_in_full_beside_its_trial(
     assert weights[0].read_bytes() != (home.plan(plan.hash()) / "model.safetensors").read_bytes()
     assert commands.run(folder, "verify", folder / "best").code == 0
 
+    for words in ([], ["--trial", "1", "--best", "2"]):
+        ended = commands.run(folder, "finish", script, *words)
+        assert ended.code == 2 and "give either --trial N or --best N" in " ".join(ended.err.split()), ended.err
+    ended = commands.run(folder, "finish", script, "--best", "1", "--epochs", "1")
+    assert ended.code == 0 and "and trained for 1 epochs" in ended.out, ended.err
     ended = commands.run(folder, "finish", script, "--trial", "999")
     assert ended.code == 2 and "there is no trial 999; trials are 0 to" in ended.err
     ended = commands.run(tmp_path, "finish", script, "--trial", "0", "--home", tmp_path / "nowhere")

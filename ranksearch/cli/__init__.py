@@ -133,7 +133,10 @@ def run_command(
 @app.command("finish")
 def finish_command(
     script: Script,
-    trial: Annotated[int, typer.Option("--trial", help="The trial whose plan is trained.")] = ...,  # type: ignore[assignment]
+    trial: Annotated[int | None, typer.Option("--trial", help="The trial whose plan is trained.")] = None,
+    best: Annotated[
+        int | None, typer.Option("--best", help="So many plans instead, that together cover most of the front.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="How long to train.")] = 30.0,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="The largest of the schedule; default: the study's.")
@@ -143,11 +146,12 @@ def finish_command(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Train a chosen plan in full; exports of the trial take its weights from then on."""
-    from ranksearch.cli.searching import finish_trial
+    from ranksearch.cli.searching import finish_trials
 
-    finish_trial(
+    finish_trials(
         script,
         trial,
+        best,
         epochs=epochs,
         learning_rate=learning_rate,
         home=home,

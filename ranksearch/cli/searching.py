@@ -82,15 +82,42 @@ def run_study(script: Path, *, goals: Options, overrides: Options, **options: An
     _search(study, script, **options)
 
 
-def finish_trial(
-    script: Path, trial: int, *, epochs: float, learning_rate: float | None, home: Path, storage: str | None,
+def finish_trials(
+    script: Path, trial: int | None, best: int | None, *, epochs: float, learning_rate: float | None, home: Path,
+    storage: str | None, tracking_uri: str | None,
+) -> None:  # fmt: skip
+    """Full training of a trial's plan, or of the front's best."""
+    from ranksearch.results import promoted
+    from ranksearch.search_result import read_result
+
+    if (trial is None) == (best is None):
+        raise StudyError("give either --trial N or --best N: which plans shall be trained")
+    study = load_study(script)
+    rows = read_result(_known_home(study, home), storage).rows
+    chosen = [trial] if trial is not None else promoted(rows, best or 0)
+    if not chosen:
+        raise StudyError("there is no compressed plan on the front to train; run more trials")
+    for number in chosen:
+        _finish_trial(
+            study, number, epochs=epochs, learning_rate=learning_rate, home=home, storage=storage,
+            tracking_uri=tracking_uri,
+        )  # fmt: skip
+
+
+def _known_home(study: StudySpec, home: Path) -> StudyHome:
+    place = StudyHome(home / study.name)
+    if not place.study.is_file():
+        raise StudyError(f"there is no study {study.name!r} in {home}; run it first")
+    return place
+
+
+def _finish_trial(
+    study: StudySpec, trial: int, *, epochs: float, learning_rate: float | None, home: Path, storage: str | None,
     tracking_uri: str | None,
 ) -> None:  # fmt: skip
-    """Full training of a trial's plan."""
     from ranksearch.full_training import finish
     from ranksearch.search_result import read_result
 
-    study = load_study(script)
     with StopSignals(grace_s=0.0) as stop, Terminal(None) as terminal:
         try:
             row = finish(
@@ -98,7 +125,7 @@ def finish_trial(
                 tracking_uri=tracking_uri, progress=terminal, should_abort=stop.overdue,
             )  # fmt: skip
         except KeyboardInterrupt:
-            err.print("stopped; nothing was recorded")
+            err.print(f"stopped; nothing was recorded of trial {trial}")
             raise typer.Exit(EXIT_STOPPED) from None
     before = [r for r in read_result(StudyHome(home / study.name), storage).rows if r["trial"] == trial]
     print_front([*before, row], title=f"{study.name}: trial {trial}, and trained for {epochs:g} epochs")
