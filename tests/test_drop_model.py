@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_study import make_profile
 
-from ranksearch.optimization.drop_model import DropModel, LossTable, Observed
+from ranksearch.optimization.drop_model import DropModel, Observed
+from ranksearch.optimization.loss_table import LossTable
 from ranksearch.optimization.prices import uniform
 
 PROFILE = make_profile(20)

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ranksearch.candidates import Profile
-from ranksearch.optimization.drop_model import DropModel, LossTable, Observed
+from ranksearch.optimization.drop_model import DropModel, Observed
 from ranksearch.optimization.history_reader import drop_deviation
+from ranksearch.optimization.loss_table import LossTable
 from ranksearch.optimization.prices import uniform
 from ranksearch.optimization.records import TrialRecord
 from ranksearch.pareto import REFERENCE_POINT

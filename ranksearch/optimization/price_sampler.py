@@ -11,9 +11,10 @@ from optuna.trial import FrozenTrial
 
 from ranksearch.candidates import Profile
 from ranksearch.errors import StudyError
-from ranksearch.optimization.drop_model import DropModel, LossTable
+from ranksearch.optimization.drop_model import DropModel
 from ranksearch.optimization.history_reader import HistoryReader, Known
 from ranksearch.optimization.limits import ResolvedLimits
+from ranksearch.optimization.loss_table import LossTable
 from ranksearch.optimization.outlook import Outlook
 from ranksearch.optimization.prices import coarse_to_fine, price_sweep, uniform
 from ranksearch.optimization.proposals import moved, priced, swapped
