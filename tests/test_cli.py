@@ -51,7 +51,21 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
-    for command in ("demo", "check", "profile", "run", "evaluate", "front", "show", "export", "verify", "ui", "clean"):
+    for command in (
+        "demo",
+        "check",
+        "profile",
+        "run",
+        "finish",
+        "remeasure",
+        "evaluate",
+        "front",
+        "show",
+        "export",
+        "verify",
+        "ui",
+        "clean",
+    ):
         assert command in done.stdout
 
 
@@ -78,10 +92,12 @@ def test_evaluate_takes_a_plan_of_ones_own(commands: Commands, tmp_path: Path) -
 def test_front_in_every_format(reading: Any, searched: Searched, broken_script: Path, tmp_path: Path) -> None:
     table = reading("front", "--study", "tiny")
     assert table.code == 0 and table.out.startswith("tiny: ") and "smaller" in table.out
+    assert "front and goals go by its estimate" in " ".join(table.out.split())
     assert reading("front").out == table.out, "the only study is meant"
     assert reading("front", broken_script).out == table.out, "the path alone tells which study it is"
     front = json.loads(reading("front", "--format", "json").out)
     assert front and all(row["pareto"] and list(row) == list(FRONT_COLUMNS) for row in front)
+    assert all(row["estimated_drop"] is not None for row in front)
     every = list(csv.DictReader(io.StringIO(reading("front", "--all", "--format", "csv").out)))
     assert list(every[0]) == list(FRONT_COLUMNS) and len(every) > len(front)
     ended = reading("front", "--format", "parquet")

@@ -84,6 +84,13 @@ def test_estimates_lie_between_measured_and_predicted_and_are_surer_than_either(
     assert np.mean((estimates - truth) ** 2) < 0.7 * np.mean((data.drops - truth) ** 2)
 
 
+def test_what_is_too_much_stays_as_it_was_measured() -> None:
+    data = observed(random_plans(30), np.ones(20), deviation=0.02)
+    ruined = Observed(plans=data.plans, drops=data.drops + 0.3, deviations=data.deviations, distances=data.distances)
+    estimates, _ = DropModel.fit(TABLE, ruined).shrunk(ruined.plans, ruined.drops, ruined.deviations)
+    assert (estimates == ruined.drops).all()
+
+
 def test_what_was_measured_exactly_stays() -> None:
     data = observed(random_plans(30), np.ones(20))
     model = DropModel.fit(TABLE, data)

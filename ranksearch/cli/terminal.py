@@ -149,11 +149,14 @@ def print_front(rows: Sequence[Row], title: str) -> None:
     unit = _unit(rows)
     wide = out.width >= WIDE
     ordered = sorted(rows, key=lambda row: row["latency_ratio"])
-    titles = ["trial", "drop", "on test", *_FIGURES, "goals", *(["plan"] if wide else [])]
+    estimated = wide and any(row.get("estimated_drop") is not None for row in ordered)
+    titles = ["trial", "drop", *(["estimate"] if estimated else []), "on test", *_FIGURES, "goals"]
+    titles += ["plan"] if wide else []
     table = _table(titles, title=title)
     table.caption, table.caption_justify = _legend(rows), "left"
     for row in ordered:
-        cells = [_drop(row, "", unit), _drop(row, "test_", unit), *(show(row) for show in _FIGURES.values())]
+        cells = [_drop(row, "", unit), *([_estimate(row, unit)] if estimated else []), _drop(row, "test_", unit)]
+        cells += [show(row) for show in _FIGURES.values()]
         table.add_row(_number(row), *cells, _goals(row), *([_plan(row)] if wide else []))
     out.print(table)
     if not wide:
@@ -247,7 +250,9 @@ def _unit(rows: Sequence[Row]) -> float:
 
 def _legend(rows: Sequence[Row]) -> str:
     points = "points of the score, " if _unit(rows) == 100 else ""
-    return f"drop: {points}dense minus plan, on validation data, half the width of its 95 % interval after ±"
+    told = f"drop: {points}dense minus plan, on validation data, half the width of its 95 % interval after ±"
+    estimated = any(row.get("estimated_drop") is not None for row in rows)
+    return told + ("; front and goals go by its estimate out of all trials" if estimated else "")
 
 
 def _drop(row: Row, prefix: str, unit: float) -> str:
@@ -257,6 +262,12 @@ def _drop(row: Row, prefix: str, unit: float) -> str:
     digits = 1 if unit == 100 else 4
     text = _figure(round(unit * drop, digits) + 0.0, digits)
     return text if low is None or high is None else f"{text} ±{_figure(unit * (high - low) / 2, digits)}"
+
+
+def _estimate(row: Row, unit: float) -> str:
+    estimate = row.get("estimated_drop")
+    digits = 1 if unit == 100 else 4
+    return "" if estimate is None else _figure(round(unit * estimate, digits) + 0.0, digits)
 
 
 def _figure(value: float, digits: int) -> str:

@@ -162,10 +162,13 @@ class DropModel:
         return np.sqrt(variance) * self.table.unit
 
     def shrunk(self, plans: Indices, drops: Floats, deviations: Floats) -> tuple[Floats, Floats]:
-        """Measured drops moved towards the prediction by how much less sure they are; and their deviations then."""
+        """Measured drops moved towards the prediction by how much less sure they are; and their deviations then.
+
+        What is too much stays: the curve ends there, and so does what it can tell.
+        """
         predicted = self.predict(plans)
         error = self.error_scale * _errors(predicted / self.table.unit) * self.table.unit
-        trust = error**2 / (error**2 + deviations**2)
+        trust = np.where(drops >= self.table.unit, 1.0, error**2 / (error**2 + deviations**2))
         return predicted + trust * (drops - predicted), np.sqrt(trust) * deviations
 
 
