@@ -7,12 +7,11 @@ from typing import Any, Protocol, final
 from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import (
+    DropEstimator,
     Estimates,
     ResolvedLimits,
     TrialRecord,
     beaten_by,
-    drop_unit,
-    estimated_drops,
     front,
     trained_evaluations,
 )
@@ -78,7 +77,7 @@ class Listener:
 
     objectives: Sequence[Objective]
     limits: ResolvedLimits
-    session: Session
+    estimator: DropEstimator
     home: StudyHome
     tracker: Tracker
     told: Progress
@@ -155,7 +154,7 @@ class Listener:
         return study_hypervolume(self.history, self._estimates())
 
     def _estimates(self) -> Estimates:
-        return estimated_drops(self.session.profile, self.history, drop_unit(self.session.dense_accuracy))
+        return self.estimator.drops(self.history)
 
     def gapped(self) -> list[int]:
         """The trials that are off the front, since the runtime scores them otherwise than torch."""

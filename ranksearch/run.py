@@ -18,6 +18,7 @@ from ranksearch.identity import study_identity
 from ranksearch.listener import Listener, Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import (
     DEFAULT_SAMPLER,
+    DropEstimator,
     ResolvedLimits,
     agreements,
     coordinator_lock,
@@ -177,7 +178,8 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
             stage(f"warning: {sentence}")
         stage("opening MLflow")
         tracker = open_tracker(bench, session, request.tracking_uri, request.experiment, request.sampler)
-        listener = Listener(spec.objectives, limits, session, place, tracker, told, read_records(optuna_study))
+        estimator = DropEstimator(session.profile, drop_unit(session.dense_accuracy))
+        listener = Listener(spec.objectives, limits, estimator, place, tracker, told, read_records(optuna_study))
         with _ended(listener, request.should_stop):
             stage("measuring controls")
             listener.controls[:] = measure_controls(bench, place, session.dense_latency_ms, stage)

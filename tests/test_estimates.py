@@ -7,7 +7,8 @@ import pytest
 from synthetic_study import evaluate_as_predicted, make_profile, opened, search
 
 from ranksearch.evaluation import Evaluation
-from ranksearch.optimization import TrialRecord, drop_unit, estimated_drops, front, read_records
+from ranksearch.optimization import DropEstimator, TrialRecord, drop_unit, estimated_drops, front, read_records
+from ranksearch.optimization.drop_model import DropModel
 from ranksearch.plan import Plan
 from ranksearch.spec import OBJECTIVES
 
@@ -77,3 +78,17 @@ def test_what_measured_nothing_is_left_out() -> None:
 def test_scores_that_are_no_shares_have_a_unit_of_their_own() -> None:
     assert drop_unit(0.9) == drop_unit(0.2) == 0.1
     assert drop_unit(23.0) == pytest.approx(2.3) and drop_unit(-40.0) == pytest.approx(4.0)
+
+
+def test_a_history_that_grows_is_looked_up_once_and_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = noisy_study(0)
+    looked_up, fitted = list[Plan](), list[int]()
+    indices, fit = type(PROFILE).indices, DropModel.fit
+    monkeypatch.setattr(type(PROFILE), "indices", lambda self, plan: looked_up.append(plan) or indices(self, plan))
+    monkeypatch.setattr(DropModel, "fit", lambda table, seen: fitted.append(len(seen.drops)) or fit(table, seen))
+    estimator = DropEstimator(PROFILE, 0.1)
+    for n in (10, 10, 20, 20):
+        grown = estimator.drops(records[:n])
+    assert len(looked_up) == 20 and fitted == [10, 20]
+    monkeypatch.undo()
+    assert grown == estimated_drops(PROFILE, records[:20], 0.1)

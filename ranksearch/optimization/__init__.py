@@ -1,6 +1,6 @@
 """Which plan to try next: the space, the prices, the samplers, the loop, and how a study goes on where it stopped."""
 
-from ranksearch.optimization.estimates import Estimates, drop_unit, estimated_drops
+from ranksearch.optimization.estimates import DropEstimator, Estimates, drop_unit, estimated_drops
 from ranksearch.optimization.limits import ResolvedLimits, out_of_reach
 from ranksearch.optimization.loop import optimise
 from ranksearch.optimization.price_sampler import PriceSampler
@@ -20,6 +20,7 @@ __all__ = [
     "SAMPLERS",
     "Agreement",
     "Callbacks",
+    "DropEstimator",
     "Estimates",
     "PriceSampler",
     "ResolvedLimits",
