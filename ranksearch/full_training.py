@@ -8,8 +8,9 @@ from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluator
 from ranksearch.export import RUNTIME, write_bundle
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json, write_json
+from ranksearch.identity import OF_THE_WEIGHTS, study_identity
 from ranksearch.listener import Progress, Silent, open_tracker, preparing
-from ranksearch.optimization import ResolvedLimits, coordinator_lock
+from ranksearch.optimization import ResolvedLimits, check_identity, coordinator_lock, read_study
 from ranksearch.plan import Plan
 from ranksearch.remeasure import Judge
 from ranksearch.results import Row, evaluation_row, judged, summary
@@ -36,7 +37,8 @@ def finish(
 
     The trial stays as it is; the record lies beside it in the study's home and in MLflow, and an export of the trial
     takes its weights. The learning rate is the study's own unless given. Raises StudyError where there is no such
-    study or trial; KeyboardInterrupt, with nothing recorded, where it shall stop.
+    study or trial, or its model, data or score was another; KeyboardInterrupt, with nothing recorded, where it shall
+    stop.
     """
     told = progress or Silent()
     place = StudyHome(Path(home) / study.name)
@@ -49,6 +51,8 @@ def finish(
         told.stage("loading model and data")
         bench = open_workbench(study, preparing(told))
         session = prepare(bench, place, told.stage)
+        identity = study_identity(bench, session.profile)
+        check_identity(read_study(storage or place.directory, study.name), identity, OF_THE_WEIGHTS)
         # Only now, so that what plans are cut from is prepared as it was for the trial.
         bench = replace(bench, spec=replace(study, recovery=recovery))
         told.stage(f"training trial {trial} for {epochs:g} epochs")

@@ -19,6 +19,9 @@ from ranksearch.spec import CorpusScore
 from ranksearch.trees import tensor_bytes, tensors
 from ranksearch.workbench import Workbench
 
+# What must be that of the study, for its plans' weights to be of this model and its scores to compare.
+OF_THE_WEIGHTS = ("model", "data", "score")
+
 
 def study_identity(bench: Workbench, profile: Profile) -> dict[str, str]:
     """Hashes of model, data, target, space, objectives, recovery, loss, score and candidate table, by their names."""

@@ -13,12 +13,13 @@ from ranksearch.errors import RankSearchError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, load
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json, write_json
-from ranksearch.optimization import ResolvedLimits
+from ranksearch.identity import OF_THE_WEIGHTS, study_identity
+from ranksearch.optimization import ResolvedLimits, check_identity, read_study
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import Plan
 from ranksearch.remeasure import Figures, Judge, target_record
 from ranksearch.results import MEASURED, Row, judged, resolve_goals, summary
-from ranksearch.search_result import read_result
+from ranksearch.search_result import read_profile, read_result
 from ranksearch.session import dense_latency
 from ranksearch.spec import Objective, StudySpec, Target
 from ranksearch.workbench import Workbench, open_workbench
@@ -38,7 +39,8 @@ def remeasure_front(
 
     Each plan's weights are those that the study keeps; accuracies are the target's own runtime's. What was measured
     before on this target is not measured again. A plan that cannot run there is a row without figures, its reason in
-    `summary`. Raises StudyError where there is no such study; RuntimeUnavailableError for the target's runtime.
+    `summary`. Raises StudyError where there is no such study, or its model, data or score was another;
+    RuntimeUnavailableError for the target's runtime.
     """
     place = StudyHome(Path(home) / study.name)
     if not place.study.is_file():
@@ -48,6 +50,8 @@ def remeasure_front(
     with other_cores(target):
         on_plan("dense on the other target")
         bench = open_workbench(replace(study, target=target))
+        identity = study_identity(bench, read_profile(place))
+        check_identity(read_study(storage or place.directory, study.name), identity, OF_THE_WEIGHTS)
         known = _Known(bench, place)
         rows = []
         for row in front:

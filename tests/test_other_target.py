@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Commands, Searched
+from torch import nn
 
 import ranksearch as rs
 from ranksearch.cli.options import changed_target
@@ -73,3 +75,16 @@ def test_what_a_target_is_not_told_stays() -> None:
     assert changed_target("runtime=onnxruntime, threads=1", target) == rs.Target(
         runtime="onnxruntime", batch_size=32, threads=1
     )
+
+
+def test_weights_of_another_dense_model_are_not_compared_with_this_one(folder: Path) -> None:
+    study, home = load_study(folder / "study.py"), folder / ".ranksearch"
+
+    def retrained() -> nn.Module:
+        model = study.model()
+        with torch.no_grad():
+            model[0].weight.mul_(1.01)
+        return model
+
+    with pytest.raises(rs.StudyError, match=r"begun with something else: model \(begun with"):
+        rs.remeasure_front(replace(study, model=retrained), changed_target(TORCH, study.target), home=home)

@@ -50,7 +50,7 @@ def open_study(
             yield _create(opened, _next_name(name, versions), objectives, identity, limits)
             return
         latest = _load(opened, versions[-1])
-        _check_identity(latest, identity)
+        check_identity(latest, identity)
         if latest.user_attrs[LIMITS] == limits.to_json():
             yield latest
             return
@@ -126,12 +126,12 @@ def _copy_history(predecessor: Study, study: Study, limits: ResolvedLimits) -> N
         study.add_trial(_with_constraints(trial, limits.violations(evaluation) if evaluation else {}))
 
 
-def _check_identity(study: Study, identity: Mapping[str, str]) -> None:
-    """Raises StudyError that lists what differs from what the study was begun with."""
+def check_identity(study: Study, identity: Mapping[str, str], keys: Sequence[str] | None = None) -> None:
+    """Raises StudyError that lists what differs, in these keys or all, from what the study was begun with."""
     begun = study.user_attrs[IDENTITY]
     differences = [
         f"{key} (begun with {begun.get(key, 'none')}, now {identity.get(key, 'none')})"
-        for key in sorted({*begun, *identity})
+        for key in (sorted({*begun, *identity}) if keys is None else keys)
         if begun.get(key) != identity.get(key)
     ]
     if differences:
