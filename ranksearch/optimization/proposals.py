@@ -16,7 +16,7 @@ SAME_COST = 0.01
 
 
 def priced(table: Table, losses: Floats, objectives: tuple[Objective, ...], rng: np.random.Generator) -> Indices:
-    """The different plans that prices on latency and bytes decode to, from mildest to cheapest, (n_plans, n_layers).
+    """The different plans that prices on latency and bytes decode to, (n_plans, n_layers), the mildest among them.
 
     `losses` (n_layers, most candidates) take the place of the table's. Directions are drawn, each within its stretch.
     """
