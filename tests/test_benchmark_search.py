@@ -15,13 +15,17 @@ from synthetic_study import INT8, make_profile
 
 from ranksearch.candidates import Profile
 from ranksearch.optimization.records import read_records
+from ranksearch.optimization.weight_errors import WeightErrors
 from ranksearch.pareto import hypervolume
 
 BENCHMARKS = Path(__file__).parents[1] / "scripts" / "benchmarks"
 METHODS = (
     "random", "NSGA-II 20", "NSGA-II 50", "TPE", "uniform sweep", "price sweep", "seeded NSGA-II", "seeded TPE",
-    "PriceSampler", "no refit", "no swaps", "no power means", "no closed form",
+    "PriceSampler", "no refit", "no swaps", "no power means", "no closed form", "no latency", "no equal shares",
+    "with ladder",
 )  # fmt: skip
+# Those whose every trial is the rule's own; the last three go by the weights.
+RULES = ("uniform", "greedy", "energy", "evbmf", "alds")
 SAMPLED = [name for name in METHODS if "sweep" not in name]
 
 
@@ -61,18 +65,29 @@ class Measure:
     def __call__(self, indices: tuple[int, ...], split: str) -> dict[str, Any]:
         self.asked.append((indices, split))
         loss, _, size = self.profile.predict(indices)
-        if split == "trained":
-            return {"drop": 0.2 * loss, "test": 0.25 * loss}
-        drop = loss if split == "validation" else 1.1 * loss
+        drop = {"validation": loss, "test": 1.1 * loss, "fine_tuned": 0.2 * loss}[split]
         row = {"drop": drop, "low": drop - 0.01, "high": drop + 0.01, "seconds": {"all": 0.5}}
-        return row | ({"distance": loss, "bytes_ratio": size} if split == "validation" else {})
+        if split == "test":
+            return row
+        return row | {"distance": loss, "bytes_ratio": size} | ({} if split == "validation" else {"test": 0.25 * loss})
 
 
-def opened(rooms: dict[str, Any], folder: Path, profile: Profile) -> tuple[Any, Measure]:
+class Network:
+    """What the table does not tell of a network: multiply-adds that fall as bytes do, errors as losses do."""
+
+    profile_seconds = 10.0
+
+    def __init__(self, profile: Profile) -> None:
+        self.macs = [[float(c.n_bytes) for c in layer.candidates] for layer in profile.layers]
+        losses = tuple(tuple(c.loss for c in layer.candidates) for layer in profile.layers)
+        self.weight_errors = WeightErrors(energy_lost=losses, spectral_error=losses, weakening=losses)
+
+
+def opened(rooms: dict[str, Any], folder: Path, profile: Profile, rung: str = "quick") -> tuple[Any, Measure]:
     """Evaluations on record in the folder, and what measures the others."""
     measure = Measure(profile)
     recorded = rooms["evaluations"].Recorded(folder / "evaluations.jsonl")
-    return rooms["evaluations"].Evaluations(profile, recorded, measure), measure
+    return rooms["evaluations"].Evaluations(profile, recorded, measure, rung, Network(profile)), measure
 
 
 def uniformly(evaluations: Any, *choices: int) -> list[tuple[int, ...]]:
@@ -187,6 +202,62 @@ def test_methods_give_distinct_plans_and_the_same_again(rooms: dict[str, Any], t
         assert list(method.run(evaluations, 3, 9)) == plans[:9]
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_published_rules_have_their_own_plans_alone(rooms: dict[str, Any], tmp_path: Path, rule: str) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    plans = list(rooms["methods"].METHODS[rule].run(evaluations, 0, 15))
+    assert len(set(plans)) == len(plans) and 5 <= len(plans) <= 15
+    assert list(rooms["methods"].METHODS[rule].run(evaluations, 1, 15)) == plans
+
+
+def test_the_fine_tuned_rung_tells_of_fine_tuned_plans_alone(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile(), rung="fine_tuned")
+    plan = next(iter(rooms["methods"].METHODS["random"].run(evaluations, 0, 1)))
+    loss, latency, size = evaluations.profile.predict(plan)
+    assert evaluations.figures(plan).losses == (0.2 * loss, latency, size)
+    assert evaluations.test_drop(plan) == 0.25 * loss
+    assert measure.asked == [(plan, "fine_tuned")]
+    assert evaluations.seconds() == [0.5]
+
+
+def test_the_ladder_spares_trainings_and_loses_little(rooms: dict[str, Any], tmp_path: Path) -> None:
+    """In this world lower rungs order plans without fault, so that they earn the power to stop them."""
+    volumes = {}
+    for name in ("PriceSampler", "with ladder"):
+        evaluations, measure = opened(rooms, tmp_path / name, make_profile(n_layers=20), rung="fine_tuned")
+        (tmp_path / name).mkdir()
+        found = rooms["figures"].trace(rooms["methods"].METHODS[name], evaluations, 0, [60], "measured")
+        volumes[name] = found[max(found)]
+        quick = {plan for plan, split in measure.asked if split == "validation"}
+        trained = {plan for plan, split in measure.asked if split == "fine_tuned"}
+        assert bool(quick - trained) == (name == "with ladder")
+    assert volumes["with ladder"] >= 0.98 * volumes["PriceSampler"]
+
+
+def test_without_latency_a_sampler_sees_multiply_adds_and_is_told_latency(
+    rooms: dict[str, Any], tmp_path: Path
+) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    seen = rooms["methods"]._by_macs(evaluations)
+    dense = evaluations.dense
+    assert seen.predict(dense)[1] == pytest.approx(1.0)
+    row, layer = next((i, layer) for i, layer in enumerate(seen.layers) if len(layer.candidates) > 2)
+    other = evaluations.profile.layers[row]
+    shares = [c.latency_ms / layer.candidates[layer.dense].latency_ms for c in layer.candidates]
+    assert shares == pytest.approx([c.n_bytes / other.candidates[other.dense].n_bytes for c in other.candidates])
+    plan = next(iter(rooms["methods"].METHODS["no latency"].run(evaluations, 0, 5)))
+    assert evaluations.figures(plan).latency_ratio == evaluations.profile.predict(plan)[1]
+
+
+def test_times_to_reach_count_the_table(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    share = rooms["figures"].share_of_time
+    assert share(evaluations, 10, 200) is None  # nothing was timed yet
+    list(rooms["methods"].METHODS["random"].run(evaluations, 0, 3))
+    assert share(evaluations, 10, 200) == pytest.approx((10 + 10 * 0.5) / (200 * 0.5))
+    assert share(evaluations, None, 200) is None
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "uniform sweep"])
 def test_another_seed_gives_other_plans(rooms: dict[str, Any], tmp_path: Path, name: str) -> None:
     evaluations, _ = opened(rooms, tmp_path, make_profile())
@@ -229,7 +300,7 @@ def test_trials_carry_what_the_products_samplers_read(rooms: dict[str, Any], tmp
             seen.append(study)
             super().after_trial(study, trial, state, values)
 
-    def make(profile: Profile, seed: int) -> BaseSampler:
+    def make(_evaluations: Any, seed: int) -> BaseSampler:
         return Reading(seed=seed)
 
     evaluations, _ = opened(rooms, tmp_path, make_profile(n_layers=3))
@@ -328,7 +399,7 @@ def test_agreement_with_training_is_told_inside_bands(rooms: dict[str, Any], tmp
     evaluations, measure = opened(rooms, tmp_path, make_profile(n_layers=16))
     figures = rooms["recovered"].agreement(evaluations)
     assert all(value > 0.99 for value in figures["correlation"]["predicted"] + figures["test"])
-    assert sum(split == "trained" for _, split in measure.asked) == 30
+    assert sum(split == "fine_tuned" for _, split in measure.asked) == 30
     assert len(rooms["recovered"].agreement_lines("synthetic", json.loads(json.dumps(figures)))) == 8
 
 

@@ -13,8 +13,10 @@ from common import study_script
 from networks import cifar_resnet as cifar_resnet_of
 from torch import nn
 
+from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
 from ranksearch.layers import LayerInfo, compressible_layers
+from ranksearch.plan import LayerChoice
 from ranksearch.spec import Batches
 from ranksearch.statistics import collect
 
@@ -44,6 +46,12 @@ class Subject:
     def factorisations(self) -> Factorisations:
         """Of every layer, on the statistics of one calibration pass."""
         return Factorisations(self.model, collect(self.model, self.layers, self.calibration, self.loss))
+
+
+def choice_macs(info: LayerInfo, choice: LayerChoice) -> float:
+    """The multiply-adds of all calls of a layer on one example, with this choice."""
+    method = DECOMPOSITIONS[choice.decomposition]
+    return float(info.n_calls * method.macs(info.spec, choice.ranks, choice.factor_options, info.input_shape))
 
 
 @functools.cache

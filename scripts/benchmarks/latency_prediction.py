@@ -11,6 +11,7 @@ from typing import Any
 
 import latency_networks
 import numpy as np
+from decompositions_networks import choice_macs
 from latency_networks import Network
 from numpy.typing import NDArray
 
@@ -166,7 +167,7 @@ def smaller_choices(info: LayerInfo, multiple: int, plain: Sequence[LayerChoice]
         for options in method.options_for(info.spec):
             for ranks in method.rank_choices(info.spec, options, multiple):
                 factored = {"decomposition": name, "ranks": ranks, "options": dict(options)}
-                if _macs(info, plain[0].model_copy(update=factored)) < _macs(info, DENSE):
+                if choice_macs(info, plain[0].model_copy(update=factored)) < choice_macs(info, DENSE):
                     offered += [choice.model_copy(update=factored) for choice in plain]
     return offered
 
@@ -234,7 +235,7 @@ def _random_plans(network: Network, profile: Profile, n_plans: int) -> Iterator[
     random = np.random.default_rng(SEED)
     fitted = set(profile.latency_model.sums)
     macs = [
-        [_macs(network.layers[layer.name], candidate.choice) for candidate in layer.candidates]
+        [choice_macs(network.layers[layer.name], candidate.choice) for candidate in layer.candidates]
         for layer in profile.layers
     ]
     given = 0
@@ -266,11 +267,6 @@ def _random_plan(macs: Sequence[Sequence[float]], ratio: float, random: np.rando
         if better:
             plan[row] = better[random.integers(len(better))]
     return tuple(nearest)
-
-
-def _macs(info: LayerInfo, choice: LayerChoice) -> float:
-    method = DECOMPOSITIONS[choice.decomposition]
-    return float(method.macs(info.spec, choice.ranks, choice.options, info.input_shape))
 
 
 def _line(row: Mapping[str, Any]) -> str:

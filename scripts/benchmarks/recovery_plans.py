@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from decompositions_candidates import Candidate, candidates
-from decompositions_networks import Subject
+from decompositions_networks import Subject, choice_macs
 
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.layers import LayerInfo
-from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.plan import LayerChoice, Plan
 
 Table = Mapping[str, Sequence[Candidate]]
 Rule = Callable[[Subject, float], Plan]
@@ -29,7 +29,8 @@ def uniform(subject: Subject, cut: float) -> Plan:
         low, high = (middle, high) if _ratio(subject, shares(subject, middle)) <= 1 - cut else (low, middle)
     plan = shares(subject, low)
     own = {
-        name: _macs(subject.layers[name], choice) / subject.layers[name].macs for name, choice in plan.layers.items()
+        name: choice_macs(subject.layers[name], choice) / subject.layers[name].macs
+        for name, choice in plan.layers.items()
     }
     for name in sorted(own, key=own.__getitem__):
         (rank,) = plan.choice(name).ranks
@@ -83,19 +84,12 @@ def _largest(info: LayerInfo, share: float) -> LayerChoice | None:
     ranks = [
         r
         for r in range(1, most + 1)
-        if _macs(info, LayerChoice(decomposition=UNIFORM_METHOD, ranks=(r,))) <= share * info.macs
+        if choice_macs(info, LayerChoice(decomposition=UNIFORM_METHOD, ranks=(r,))) <= share * info.macs
     ]
     return LayerChoice(decomposition=UNIFORM_METHOD, ranks=(ranks[-1] if ranks else 1,))
 
 
 def _ratio(subject: Subject, plan: Plan) -> float:
-    return sum(_macs(info, plan.choice(name)) for name, info in subject.layers.items()) / sum(
+    return sum(choice_macs(info, plan.choice(name)) for name, info in subject.layers.items()) / sum(
         info.macs for info in subject.layers.values()
     )
-
-
-def _macs(info: LayerInfo, choice: LayerChoice) -> float:
-    if choice == DENSE:
-        return info.macs
-    method = DECOMPOSITIONS[choice.decomposition]
-    return float(info.n_calls * method.macs(info.spec, choice.ranks, choice.factor_options, info.input_shape))

@@ -1,4 +1,4 @@
-"""What plans measure, each evaluated once and then read from a file: accuracy after BatchNorm re-estimation, bytes."""
+"""What plans measure, each evaluated once and then read from a file: accuracy on either rung of the ladder, bytes."""
 
 import functools
 import json
@@ -26,11 +26,14 @@ N_BATCHNORM, SEED = 2048, 0
 # Of what is put on record; a thousandth of an image of ten thousand.
 N_DIGITS = 7
 
-# `trained` is no split: the drops on both after the study's own fine-tuning.
-Split = Literal["validation", "test", "trained"]
+# What a row tells: of BatchNorm re-estimation its drop on a split, of the study's own fine-tuning both drops.
+Split = Literal["validation", "test", "fine_tuned"]
+# The rung whose drops searches are told.
+Rung = Literal["quick", "fine_tuned"]
 Indices = tuple[int, ...]
 Row = dict[str, Any]
-# (plan, split) -> its row: drop, low and high; on validation distance and bytes_ratio too.
+# (plan, split) -> its row: drop, low and high; where it is of validation, distance and bytes_ratio; after fine-tuning
+# the drop on `test` images too.
 Measure = Callable[[Indices, Split], Row]
 
 
@@ -86,13 +89,20 @@ class Recorded:
 
 
 class Evaluations:
-    """The evaluations of a table's plans: those on record, others by `measure`, which are put on record.
+    """The evaluations of a table's plans on a rung: those on record, others by `measure`, which are put on record.
 
     Dense is known: it loses nothing, and is 1 in latency and bytes.
     """
 
-    def __init__(self, profile: Profile, recorded: Recorded, measure: Measure) -> None:
-        self.profile, self.recorded, self.measure = profile, recorded, measure
+    def __init__(
+        self,
+        profile: Profile,
+        recorded: Recorded,
+        measure: Measure,
+        rung: Rung = "quick",
+        subject: Subject | None = None,
+    ) -> None:
+        self.profile, self.recorded, self.measure, self.rung, self.subject = profile, recorded, measure, rung, subject
         self.dense = tuple(layer.dense for layer in profile.layers)
         self.n_new = 0
         self._figures = {
@@ -103,7 +113,7 @@ class Evaluations:
     def figures(self, indices: Indices) -> Figures:
         """What a search is told of the plan."""
         if indices not in self._figures:
-            row = self._row(indices, "validation")
+            row = self.fine_tuned(indices) if self.rung == "fine_tuned" else self._row(indices, "validation")
             told = {name: row[name] for name in ("drop", "low", "high", "distance", "bytes_ratio")}
             self._figures[indices] = Figures(**told, latency_ratio=self.profile.predict(indices)[1])
         return self._figures[indices]
@@ -111,12 +121,24 @@ class Evaluations:
     def test_drop(self, indices: Indices) -> float:
         """What the plan loses on images that no search sees."""
         if indices not in self._test:
-            self._test[indices] = self._row(indices, "test")["drop"]
+            if self.rung == "fine_tuned":
+                self._test[indices] = self.fine_tuned(indices)["test"]
+            else:
+                self._test[indices] = self._row(indices, "test")["drop"]
         return self._test[indices]
 
-    def trained(self, indices: Indices) -> Row:
+    def fine_tuned(self, indices: Indices) -> Row:
         """What the plan loses after the study's fine-tuning: `drop` on validation, and on `test` images."""
-        return self._row(indices, "trained")
+        return self._row(indices, "fine_tuned")
+
+    def quick_drop(self, indices: Indices) -> float:
+        """What the plan loses before it is fine-tuned."""
+        return 0.0 if indices == self.dense else self._row(indices, "validation")["drop"]
+
+    def seconds(self) -> list[float]:
+        """How long each evaluation of the rung took, without test images."""
+        split = "fine_tuned" if self.rung == "fine_tuned" else "validation"
+        return [row["seconds"]["all"] for (_, of), row in self.recorded.rows.items() if of == split]
 
     def evaluation(self, indices: Indices) -> Evaluation:
         """The figures in the product's words, for samplers that read them from a study's trials."""
@@ -141,9 +163,10 @@ class Evaluations:
         return row
 
 
-def open_evaluations(subject: Subject) -> Evaluations:
+def open_evaluations(subject: Subject, rung: Rung = "quick") -> Evaluations:
     """A subject's evaluations, those on record in its folder."""
-    return Evaluations(subject.profile, Recorded(subject.folder / EVALUATIONS), Measurement(subject).measure)
+    measure = Measurement(subject).measure
+    return Evaluations(subject.profile, Recorded(subject.folder / EVALUATIONS), measure, rung, subject)
 
 
 class Measurement:
@@ -157,13 +180,19 @@ class Measurement:
         self._last: tuple[Plan, nn.Module] | None = None
 
     def measure(self, indices: Indices, split: Split) -> Row:
-        """The drop on a split; on validation with the distance to dense's outputs, bytes, and where the time went."""
-        if split == "trained":
-            return self._trained(self.subject.profile.plan(indices))
+        """The plan's row, and where its time went."""
+        plan, seconds, started = self.subject.profile.plan(indices), dict[str, float](), time.perf_counter()
+        if split == "fine_tuned":
+            row = self._fine_tuned(plan, seconds)
+        else:
+            row = self._told(self._model(plan, seconds), split, seconds)
+        seconds["all"] = time.perf_counter() - started - seconds.pop("test", 0.0)
+        rounded = {name: round(value, N_DIGITS) for name, value in row.items()}
+        return rounded | {"seconds": {step: round(value, 3) for step, value in seconds.items()}}
+
+    def _told(self, model: nn.Module, split: Split, seconds: dict[str, float]) -> Row:
+        """The drop on a split; on validation with the distance to dense's outputs, and bytes."""
         started = time.perf_counter()
-        plan, seconds = self.subject.profile.plan(indices), dict[str, float]()
-        model = self._model(plan, seconds)
-        lap = time.perf_counter()
         bench, spec = self.subject.bench, self.subject.bench.spec
         scores, dense = bench.score(model, self._batches[split]), self._dense[split]
         drop = paired_drop(dense, scores, spec.score, spec.higher_is_better, spec.seed)
@@ -172,24 +201,23 @@ class Measurement:
         if split == "validation":
             row |= {"distance": output_distance(scores.outputs, dense.outputs, spec.loss)}
             row |= {"bytes_ratio": packed_bytes(model) / bench.dense.model_bytes}
-        seconds |= {"score": time.perf_counter() - lap, "all": time.perf_counter() - started}
-        rounded = {name: round(value, N_DIGITS) for name, value in row.items()}
-        return rounded | {"seconds": {step: round(value, 3) for step, value in seconds.items()}}
+        seconds["score"] = time.perf_counter() - started
+        return row
 
-    def _trained(self, plan: Plan) -> Row:
-        """The drops of a plan that is fine-tuned by the study's recovery, as the product does it."""
-        started = time.perf_counter()
+    def _fine_tuned(self, plan: Plan, seconds: dict[str, float]) -> Row:
+        """The same of a plan that is fine-tuned by the study's recovery, as the product does it, and the test drop."""
         bench, spec = self.subject.bench, self.subject.bench.spec
-        model = self._compressed(plan, {})
+        model, started = self._compressed(plan, seconds), time.perf_counter()
         recover(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
         model.eval()
         calibrate_ranges(model, bench.calibration)
         freeze(model)
-        drops = {}
-        for split, name in (("validation", "drop"), ("test", "test")):
-            scores = bench.score(model, self._batches[split])
-            drops[name] = paired_drop(self._dense[split], scores, spec.score, spec.higher_is_better, spec.seed).value
-        return drops | {"seconds": {"all": round(time.perf_counter() - started, 4)}}
+        seconds["fine_tune"] = time.perf_counter() - started
+        row = self._told(model, "validation", seconds)
+        started = time.perf_counter()
+        row["test"] = self._told(model, "test", {})["drop"]
+        seconds["test"] = time.perf_counter() - started
+        return row
 
     def _model(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
         if self._last is None or self._last[0] != plan:
@@ -230,7 +258,7 @@ class Measurement:
 
 
 def mean_seconds(recorded: Recorded) -> dict[str, float]:
-    """Where an evaluation's time goes, by step: means over those on record; the median of all."""
+    """Where an evaluation's time goes before training, by step: means over those on record; the median of all."""
     rows = [row["seconds"] for (_, split), row in recorded.rows.items() if split == "validation"]
     steps = {step for row in rows for step in row}
     means = {step: float(np.mean([row.get(step, 0.0) for row in rows])) for step in sorted(steps)}

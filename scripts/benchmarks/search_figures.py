@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from search_evaluations import Evaluations, Indices
-from search_methods import Method
+from search_methods import Method, record
 
 from ranksearch.optimization import TrialRecord, estimated_drops, front
 from ranksearch.pareto import REFERENCE_POINT, hypervolume
@@ -62,25 +62,20 @@ def estimated_volumes(evaluations: Evaluations, plans: Iterable[Indices]) -> Tra
 
     It decides on drops that are estimated out of all trials, instead of those that each measured.
     """
-    told = [_record(evaluations, 0, evaluations.dense)]
+    told = [record(evaluations, 0, evaluations.dense)]
     found: Trace = {}
     for number, indices in enumerate(plans, start=1):
-        told.append(_record(evaluations, number, indices))
+        told.append(record(evaluations, number, indices))
         if number in CHECKPOINTS:
             found[number] = _estimated_volume(evaluations, told)
     last = len(told) - 1
     return found if last in {0, *found} else {**found, last: _estimated_volume(evaluations, told)}
 
 
-def _record(evaluations: Evaluations, number: int, indices: Indices) -> TrialRecord:
-    evaluation = evaluations.evaluation(indices)
-    return TrialRecord(number=number, state="complete", origin="", plan=evaluation.plan, evaluation=evaluation)
-
-
 def _estimated_volume(evaluations: Evaluations, told: Sequence[TrialRecord]) -> float:
     estimates = estimated_drops(evaluations.profile, told, REFERENCE_POINT[0])
     chosen = front(told, OBJECTIVES, estimates)
-    return test_volume(evaluations, [evaluations.profile.indices(record.plan) for record in chosen])
+    return test_volume(evaluations, [evaluations.profile.indices(member.plan) for member in chosen])
 
 
 def volumes(evaluations: Evaluations, plans: Iterable[Indices]) -> Trace:
@@ -144,3 +139,12 @@ def reach(ours: Sequence[Trace], other: Sequence[Trace], n_trials: int) -> dict[
     # What was not reached is more than any number; of the middle two the larger, as None has no mean.
     ordered = sorted(needed, key=lambda n: np.inf if n is None else n)
     return {"median": ordered[len(ordered) // 2], "reached": sum(n is not None for n in needed), "of": len(needed)}
+
+
+def share_of_time(evaluations: Evaluations, n_ours: int | None, n_other: int) -> float | None:
+    """The time of the candidate table and of `n_ours` evaluations over that of `n_other`; None where it is unknown."""
+    seconds, subject = evaluations.seconds(), evaluations.subject
+    if n_ours is None or not seconds or subject is None or subject.profile_seconds is None:
+        return None
+    each = float(np.mean(seconds))
+    return (subject.profile_seconds + n_ours * each) / (n_other * each)

@@ -13,16 +13,22 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from search_evaluations import Evaluations, Indices
+from search_subjects import Subject
 
 from ranksearch.candidates import LayerProfile, Profile
+from ranksearch.latency_model import LatencyModel
+from ranksearch.optimization import DropEstimator, TrialRecord, beaten_by, front, trained_evaluations
 from ranksearch.optimization.history_reader import sampler_attributes
 from ranksearch.optimization.price_sampler import PriceSampler
 from ranksearch.optimization.prices import price_sweep, uniform
+from ranksearch.optimization.rule_sampler import RuleSampler
+from ranksearch.optimization.rules import NEED_WEIGHT_ERRORS
 from ranksearch.optimization.samplers import SeededNSGAII
 from ranksearch.optimization.seeds import make_seeds
 from ranksearch.optimization.space import distributions, settled, to_indices, to_params
+from ranksearch.pareto import REFERENCE_POINT
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.spec import OBJECTIVES
 
@@ -38,11 +44,11 @@ Plans = list[Indices]
 # (evaluations, seed, number of trials) -> the distinct plans, each given when it was evaluated; dense is not among
 # them. Fewer than there are trials where the method has no more.
 Run = Callable[[Evaluations, int, int], Iterable[Indices]]
-# (table, seed) -> the sampler, and the plans to try before it has its say.
-MakeSampler = Callable[[Profile, int], BaseSampler]
+MakeSampler = Callable[[Evaluations, int], BaseSampler]
+# (table, seed) -> the plans to try before the sampler has its say.
 FirstPlans = Callable[[Profile, int], Plans]
 # The table as an ablation sees it.
-See = Callable[[Profile], Profile]
+See = Callable[[Evaluations], Profile]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +60,22 @@ class Method:
 
 
 def sampled(
-    make: MakeSampler, evaluations: Evaluations, seed: int, n_trials: int, *, first: FirstPlans | None = None
+    make: MakeSampler,
+    evaluations: Evaluations,
+    seed: int,
+    n_trials: int,
+    *,
+    first: FirstPlans | None = None,
+    ladder: bool = False,
 ) -> Iterator[Indices]:
     """The plans that an Optuna sampler asks for, told to it as the product's loop does.
 
-    Dense is no trial that counts, nor is a plan that was tried before; the sampler is told what that measured.
+    Dense is no trial that counts, nor is a plan that was tried before; the sampler is told what that measured. With a
+    `ladder`, plans are stopped where the product stops them, and those that were do not count.
     """
     profile = evaluations.profile
-    study = _study(make(profile, seed))
+    study = _study(make(evaluations, seed))
+    stopped_by = Ladder(evaluations) if ladder else None
     for indices in first(profile, seed) if first else []:
         study.enqueue_trial(to_params(profile, indices))
     numbers: dict[Indices, int] = {}
@@ -70,11 +84,53 @@ def sampled(
         trial = study.ask(distributions(profile))
         indices = settled(profile, to_indices(profile, trial.params))
         known = numbers.setdefault(indices, trial.number)
+        new = known == trial.number and indices != evaluations.dense
+        if new and stopped_by is not None and stopped_by.stops(indices, trial.number):
+            study.tell(trial, state=TrialState.PRUNED)
+            n_repeats += 1
+            continue
         _tell(study, trial, evaluations, indices, known)
         n_repeats = n_repeats + 1 if known != trial.number else 0
-        if known == trial.number and indices != evaluations.dense:
+        if new:
             n_given += 1
             yield indices
+
+
+class Ladder:
+    """Stops plans as the product does: by what of lower rungs agrees with training, on the trials so far."""
+
+    def __init__(self, evaluations: Evaluations) -> None:
+        self.evaluations = evaluations
+        self.estimator = DropEstimator(evaluations.profile, REFERENCE_POINT[0])
+        self.told = [record(evaluations, 0, evaluations.dense)]
+
+    def stops(self, indices: Indices, number: int) -> bool:
+        """Whether the plan of this trial is not trained; it is remembered where it is."""
+        evaluations, profile = self.evaluations, self.evaluations.profile
+        loss, latency, n_bytes = profile.predict(indices)
+        figures = {"predicted_loss": loss, "ratio_low": latency, "bytes_ratio": n_bytes}
+        trained = trained_evaluations(self.told)
+        members = [r.number for r in front(self.told, OBJECTIVES, self.estimator.drops(self.told))]
+        if beaten_by(figures, trained, members) is not None:
+            return True
+        quick = evaluations.quick_drop(indices)
+        if beaten_by({**figures, "quick_drop": quick}, trained, members) is not None:
+            return True
+        self.told.append(record(evaluations, number, indices))
+        return False
+
+
+def record(evaluations: Evaluations, number: int, indices: Indices) -> TrialRecord:
+    """The plan's trial in the product's words."""
+    evaluation = evaluations.evaluation(indices)
+    return TrialRecord(number=number, state="complete", origin="", plan=evaluation.plan, evaluation=evaluation)
+
+
+def subject_of(evaluations: Evaluations) -> Subject:
+    """The network itself, for what the table does not tell of it."""
+    if evaluations.subject is None:
+        raise ValueError("evaluations without a network tell neither its weights nor its multiply-adds")
+    return evaluations.subject
 
 
 def _study(sampler: BaseSampler) -> optuna.Study:
@@ -124,28 +180,46 @@ def _controls(profile: Profile) -> Sequence[tuple[str, Plan]]:
     return [("control: dense", Plan(layers=dict.fromkeys(offered, DENSE))), ("control: 8 bits", Plan(layers=int8))]
 
 
-def _random(_profile: Profile, seed: int) -> BaseSampler:
+def _random(_evaluations: Evaluations, seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-def _nsga2(population_size: int, _profile: Profile, seed: int) -> BaseSampler:
+def _nsga2(population_size: int, _evaluations: Evaluations, seed: int) -> BaseSampler:
     return NSGAIISampler(seed=seed, population_size=population_size)
 
 
-def _tpe(_profile: Profile, seed: int) -> BaseSampler:
+def _tpe(_evaluations: Evaluations, seed: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return TPESampler(seed=seed, multivariate=True)
 
 
-def _seeded_nsga2(_profile: Profile, seed: int) -> BaseSampler:
+def _seeded_nsga2(_evaluations: Evaluations, seed: int) -> BaseSampler:
     return SeededNSGAII(seed, population_size=20)
 
 
-def _price(changes: Mapping[str, object], see: See, profile: Profile, seed: int) -> BaseSampler:
+def _rule(rule: str, evaluations: Evaluations, seed: int) -> BaseSampler:
+    """A published rule, which has no other plans than its own."""
+    errors = subject_of(evaluations).weight_errors if rule in NEED_WEIGHT_ERRORS else None
+    return RuleSampler(evaluations.profile, rule, errors, objectives=OBJECTIVES, seed=seed)
+
+
+def _price(changes: Mapping[str, object], see: See, evaluations: Evaluations, seed: int) -> BaseSampler:
     """PriceSampler, its constants changed, on a table as it is made to see it."""
+    profile = evaluations.profile
     controls = [profile.indices(plan) for _, plan in _controls(profile)]
-    return Changed(PriceSampler(see(profile), objectives=OBJECTIVES, seed=seed, controls=controls), changes)
+    return Changed(PriceSampler(see(evaluations), objectives=OBJECTIVES, seed=seed, controls=controls), changes)
+
+
+def _unseeded(evaluations: Evaluations, seed: int) -> BaseSampler:
+    """PriceSampler without the uniform plan among its first."""
+    profile = evaluations.profile
+    sampler = PriceSampler(profile, objectives=OBJECTIVES, seed=seed)
+    shares = settled(profile, uniform(profile))
+    sampler._seeds = [profile.indices(plan) for _, plan in _controls(profile)] + [
+        plan for plan in sampler._seeds if plan != shares
+    ]
+    return sampler
 
 
 class Changed(BaseSampler):
@@ -171,12 +245,28 @@ class Changed(BaseSampler):
         return self.sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
-def _as_it_is(profile: Profile) -> Profile:
-    return profile
+def _as_it_is(evaluations: Evaluations) -> Profile:
+    return evaluations.profile
 
 
-def _by_size_alone(profile: Profile) -> Profile:
+def _by_macs(evaluations: Evaluations) -> Profile:
+    """A table whose latencies are multiply-adds, for which dense takes as long as it does."""
+    profile, macs = evaluations.profile, subject_of(evaluations).macs
+    each = profile.dense_latency_ms / sum(of[layer.dense] for layer, of in zip(profile.layers, macs, strict=True))
+
+    def counted(layer: LayerProfile, of: Sequence[float]) -> LayerProfile:
+        pairs = zip(layer.candidates, of, strict=True)
+        return layer.model_copy(
+            update={"candidates": tuple(c.model_copy(update={"latency_ms": each * n}) for c, n in pairs)}
+        )
+
+    layers = tuple(counted(layer, of) for layer, of in zip(profile.layers, macs, strict=True))
+    return profile.model_copy(update={"layers": layers, "latency_model": LatencyModel()})
+
+
+def _by_size_alone(evaluations: Evaluations) -> Profile:
     """A table without predictions: what a candidate loses is the share of the layer's bytes that it saves."""
+    profile = evaluations.profile
 
     def blind(layer: LayerProfile) -> LayerProfile:
         most = max(c.n_bytes for c in layer.candidates)
@@ -200,7 +290,10 @@ ABLATIONS: Mapping[str, tuple[Mapping[str, object], See]] = {
     "no swaps": ({"price_sampler.SWAP_TURN": 1 << 62}, _as_it_is),
     "no power means": ({"drop_model.POWERS": (1.0,)}, _as_it_is),
     "no closed form": ({}, _by_size_alone),
+    "no latency": ({}, _by_macs),
 }
+LADDER = "with ladder"
+PUBLISHED = ("uniform", "energy", "evbmf", "alds", "greedy")
 
 METHODS: Mapping[str, Method] = {
     "random": Method(run=partial(sampled, _random)),
@@ -208,8 +301,11 @@ METHODS: Mapping[str, Method] = {
     "NSGA-II 50": Method(run=partial(sampled, partial(_nsga2, 50))),
     "TPE": Method(run=partial(sampled, _tpe)),
     "uniform sweep": Method(run=uniform_sweep, nested=False),
+    **{rule: Method(run=partial(sampled, partial(_rule, rule))) for rule in PUBLISHED},
     "price sweep": Method(run=prices, nested=False),
     "seeded NSGA-II": Method(run=partial(sampled, _seeded_nsga2, first=seeds)),
     "seeded TPE": Method(run=partial(sampled, _tpe, first=seeds)),
     **{name: Method(run=partial(sampled, partial(_price, *parts))) for name, parts in ABLATIONS.items()},
+    "no equal shares": Method(run=partial(sampled, _unseeded)),
+    LADDER: Method(run=partial(sampled, partial(_price, {}, _as_it_is), ladder=True)),
 }

@@ -78,7 +78,7 @@ def _within(bands: Sequence[Sequence[Row]], signal: str, against: str = "fine_tu
 
 def _figures(evaluations: Evaluations, indices: Indices) -> Row:
     figures = evaluations.figures(indices)
-    trained = evaluations.trained(indices)
+    trained = evaluations.fine_tuned(indices)
     loss, latency, _ = evaluations.profile.predict(indices)
     return {
         "indices": list(indices),

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import itertools
+import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from common import study_script
-from decompositions_networks import DIGITS_EPOCHS, DIGITS_WIDTHS, cifar_resnet
+from decompositions_networks import DIGITS_EPOCHS, DIGITS_WIDTHS, choice_macs, cifar_resnet
 from torch import Tensor, nn
 
 import ranksearch as rs
@@ -21,6 +23,8 @@ from ranksearch.cache import write_atomically
 from ranksearch.candidates import Profile
 from ranksearch.controls import control_plans
 from ranksearch.factorisations import Factorisations
+from ranksearch.optimization import measure_weights
+from ranksearch.optimization.weight_errors import WeightErrors
 from ranksearch.session import dense_latency, make_profile
 from ranksearch.spec import Batches
 from ranksearch.statistics import collect
@@ -31,7 +35,7 @@ TARGET = rs.Target(runtime="openvino", device="cpu", batch_size=32, threads=1, p
 N_CIFAR_VALIDATION, CIFAR_BATCH = 1000, 100
 # Rows of the residual network; with the stem and the classifier it has eight Linear layers.
 LINEAR_WIDTH, LINEAR_INNER, N_LINEAR_BLOCKS, LINEAR_EPOCHS = 192, 256, 3, 15
-PROFILE, NETWORK = "profile.json", "network.safetensors"
+PROFILE, PROFILE_SECONDS, NETWORK = "profile.json", "profile_seconds.json", "network.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +69,7 @@ class Subject:
         path = self.folder / PROFILE
         if path.is_file():
             return Profile.from_json(path.read_text(encoding="utf-8"), source=str(path))
+        started = time.monotonic()
         bench = self.bench
         latency_ms, noise = dense_latency(bench)
         _tell(f"{self.name}: dense takes {latency_ms:.2f} ms, noise floor {noise:.1%}")
@@ -76,7 +81,28 @@ class Subject:
             lambda stage: _tell(f"{self.name}: profiling {stage}"),
         )
         write_atomically(path, table.to_json().encode())
+        write_atomically(self.folder / PROFILE_SECONDS, json.dumps(time.monotonic() - started).encode())
         return table
+
+    @property
+    def profile_seconds(self) -> float | None:
+        """What the candidate table took, loading, calibration and all; None where that was not noted."""
+        path = self.folder / PROFILE_SECONDS
+        return float(json.loads(path.read_text())) if path.is_file() else None
+
+    @functools.cached_property
+    def weight_errors(self) -> WeightErrors:
+        """What published rules go by."""
+        return measure_weights(self.bench.source, self.factorisations, self.profile)
+
+    @functools.cached_property
+    def macs(self) -> tuple[tuple[float, ...], ...]:
+        """The multiply-adds of every layer's candidates."""
+        layers = self.bench.found.layers
+        return tuple(
+            tuple(choice_macs(layers[layer.name], candidate.choice) for candidate in layer.candidates)
+            for layer in self.profile.layers
+        )
 
 
 def digits(folder: Path) -> rs.StudySpec:
