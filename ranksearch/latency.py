@@ -6,7 +6,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -49,8 +49,13 @@ class Latency:
     n_blocks: int
 
 
-def compare(
-    candidate: Call,
+def compare(candidate: Call, reference: Call, **options: Any) -> Latency:
+    """The candidate's latency relative to the reference's, measured side by side; options are those of compare_all."""
+    return compare_all([candidate], reference, **options)[0]
+
+
+def compare_all(
+    candidates: Sequence[Call],
     reference: Call,
     *,
     n_blocks: int = 20,
@@ -59,50 +64,40 @@ def compare(
     narrow: float = 0.01,
     seed: int = 0,
     clock: Clock = time.perf_counter,
-) -> Latency:
-    """The candidate's latency relative to the reference's, measured side by side.
+) -> list[Latency]:
+    """Each candidate's latency relative to the reference's, all measured side by side, so that they compare too.
 
-    A block runs candidate, reference, reference, candidate, or the mirror image, each run lasting `block_seconds` or
-    one call, so that a drifting machine touches both alike. Which of the two is tossed anew for each block: whatever
-    else the machine does meanwhile, however long its ups and downs last, errors up and down are then equally likely
-    and independent, which is all that the interval of order statistics asks for (Rosenbaum, Observational Studies,
-    2002, chapter 2; Le Boudec, Performance Evaluation, 2010, section 2.2). The ratio is the median over blocks.
+    A block runs all of them in some order and then in the mirrored one, each run lasting `block_seconds` or one call,
+    so that a drifting machine touches all alike. The order is drawn anew for each block: whatever else the machine
+    does meanwhile, however long its ups and downs last, errors up and down are then equally likely and independent,
+    which is all that the interval of order statistics asks for (Rosenbaum, Observational Studies, 2002, chapter 2; Le
+    Boudec, Performance Evaluation, 2010, section 2.2). A ratio is the median over blocks.
 
-    At least 6 blocks; `n_blocks` unless `max_seconds` are over before; then more, up to four times as many, until the
-    interval is within `narrow` of the ratio on either side. A DeviceTimed call is timed by its device, any other by
-    `clock`. `$RANKSEARCH_MAX_TIMING_SECONDS` caps `max_seconds`: a quick look, paid for with wider intervals.
+    At least 6 blocks; `n_blocks` unless `max_seconds` are over before; then more, up to four times as many, until
+    every interval is within `narrow` of its ratio on either side. A DeviceTimed call is timed by its device, any other
+    by `clock`. `$RANKSEARCH_MAX_TIMING_SECONDS` caps `max_seconds`: a quick look, paid for with wider intervals.
 
-    Raises MeasurementError where a call fails, takes no time by its clock, or only one of the two is DeviceTimed.
+    Raises MeasurementError where a call fails, takes no time by its clock, or only some of them are DeviceTimed.
     """
-    if isinstance(candidate, DeviceTimed) != isinstance(reference, DeviceTimed):
+    if any(isinstance(candidate, DeviceTimed) != isinstance(reference, DeviceTimed) for candidate in candidates):
         raise MeasurementError("candidate and reference must be timed by one clock; make both calls with timed_call")
     max_seconds = min(max_seconds, float(os.environ.get("RANKSEARCH_MAX_TIMING_SECONDS", "inf")))
     start = clock()
-    calls = {
-        "c": _Timed("candidate", candidate, block_seconds, clock),
-        "r": _Timed("reference", reference, block_seconds, clock),
-    }
-    coin = random.Random(seed)
-    ratios: list[float] = []
+    timed = [_Timed("candidate", call, block_seconds, clock) for call in candidates]
+    timed.append(_Timed("reference", reference, block_seconds, clock))
+    shuffle = random.Random(seed).shuffle
+    order, ratios = list(range(len(timed))), [list[float]() for _ in candidates]
     with _no_garbage_collection():
         while not _is_enough(ratios, n_blocks, narrow, clock() - start, max_seconds):
-            seconds = {"c": 0.0, "r": 0.0}
-            for name in coin.choice(("crrc", "rccr")):
-                seconds[name] += calls[name].run()
-            if seconds["r"] <= 0.0 or seconds["c"] <= 0.0:
+            shuffle(order)
+            seconds = [0.0] * len(timed)
+            for i in (*order, *reversed(order)):
+                seconds[i] += timed[i].run()
+            if min(seconds) <= 0.0:
                 raise MeasurementError("the clock does not advance while the model runs; use a finer clock")
-            ratios.append(seconds["c"] / seconds["r"])
-    low, high = median_interval(ratios)
-    return Latency(
-        ratio=statistics.median(ratios),
-        ratio_low=low,
-        ratio_high=high,
-        latency_ms=calls["c"].median_ms(),
-        latency_p95_ms=calls["c"].p95_ms(),
-        reference_ms=calls["r"].median_ms(),
-        reference_p95_ms=calls["r"].p95_ms(),
-        n_blocks=len(ratios),
-    )
+            for of_candidate, took in zip(ratios, seconds, strict=False):
+                of_candidate.append(took / seconds[-1])
+    return [_latency(of, call, timed[-1]) for of, call in zip(ratios, timed, strict=False)]
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
@@ -214,6 +209,20 @@ class _Timed:
         return 1000 * sorted(self.seconds)[math.ceil(0.95 * len(self.seconds)) - 1]
 
 
+def _latency(ratios: list[float], candidate: _Timed, reference: _Timed) -> Latency:
+    low, high = median_interval(ratios)
+    return Latency(
+        ratio=statistics.median(ratios),
+        ratio_low=low,
+        ratio_high=high,
+        latency_ms=candidate.median_ms(),
+        latency_p95_ms=candidate.p95_ms(),
+        reference_ms=reference.median_ms(),
+        reference_p95_ms=reference.p95_ms(),
+        n_blocks=len(ratios),
+    )
+
+
 def _seconds_of_calls(call: Call, n_calls: int, clock: Clock) -> list[float]:
     ticks = [clock()]
     for _ in range(n_calls):
@@ -222,13 +231,16 @@ def _seconds_of_calls(call: Call, n_calls: int, clock: Clock) -> list[float]:
     return [after - before for before, after in zip(ticks, ticks[1:], strict=False)]
 
 
-def _is_enough(ratios: list[float], n_blocks: int, narrow: float, seconds: float, max_seconds: float) -> bool:
-    if len(ratios) < MIN_BLOCKS:
+def _is_enough(ratios: Sequence[list[float]], n_blocks: int, narrow: float, seconds: float, max_seconds: float) -> bool:
+    n_run = min((len(of_candidate) for of_candidate in ratios), default=4 * n_blocks)
+    if n_run < MIN_BLOCKS:
         return False
-    if seconds >= max_seconds or len(ratios) >= 4 * n_blocks:
+    if seconds >= max_seconds or n_run >= 4 * n_blocks:
         return True
-    if len(ratios) < n_blocks:
-        return False
+    return n_run >= n_blocks and all(_is_narrow(of_candidate, narrow) for of_candidate in ratios)
+
+
+def _is_narrow(ratios: list[float], narrow: float) -> bool:
     low, high = median_interval(ratios)
     middle = statistics.median(ratios)
     return high <= middle * (1 + narrow) and low >= middle * (1 - narrow)

@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ Figures = dict[str, float | None]
 
 # What a member of the front may take to narrow its latency's interval.
 MAX_LATENCY_SECONDS = 2.0
+# Plans that are open at once, to be timed beside each other; memory holds them all.
+N_TOGETHER = 8
 
 
 def remeasure_in_fresh_process(
@@ -62,20 +64,23 @@ def remeasure_plans(
     home: StudyHome,
     plan_hashes: list[str],
     dense_latency_ms: float,
-    on_plan: Callable[[str], None] = lambda _hash: None,
     max_seconds: float = MAX_LATENCY_SECONDS,
 ) -> dict[str, Figures]:
-    """Measures the plans that were not measured yet, stores the figures of each as it ends, and gives them all."""
+    """Measures the plans that were not measured yet, stores the figures of each as it ends, and gives them all.
+
+    Latencies are taken side by side, of dense and some plans at a time.
+    """
     known: dict[str, Figures] = dict(read_json(home.remeasured))
+    artefacts = {name: read_json(home.plan(name) / "runtime.json").get("artefact") for name in plan_hashes}
+    missing = [name for name, artefact in artefacts.items() if name not in known and artefact is not None]
     judge = Judge(bench, max_seconds)
-    for plan_hash in plan_hashes:
-        artefact = read_json(home.plan(plan_hash) / "runtime.json").get("artefact")
-        if plan_hash in known or artefact is None:
-            continue
-        on_plan(plan_hash)
-        session = bench.open(home.plan(plan_hash) / artefact)
-        known[plan_hash] = judge.figures(session, dense_latency_ms)
-        write_json(home.remeasured, known)
+    for start in range(0, len(missing), N_TOGETHER):
+        names = missing[start : start + N_TOGETHER]
+        sessions = [bench.open(home.plan(name) / artefacts[name]) for name in names]
+        latencies = judge.latencies(sessions, dense_latency_ms)
+        for name, session, latency in zip(names, sessions, latencies, strict=True):
+            known[name] = latency | judge.accuracies(session)
+            write_json(home.remeasured, known)
     return known
 
 
@@ -89,15 +94,21 @@ class Judge:
 
     def figures(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
         """Latency as the front's columns, and the drops on the runtime: `runtime_*` on validation, `test_*` on test."""
-        figures = {**self.latency(session, dense_latency_ms), **self.accuracy(session, "validation", "runtime_")}
-        if self.bench.data.test is not None:
-            figures |= self.accuracy(session, "test", "test_")
-        return figures
+        return self.latency(session, dense_latency_ms) | self.accuracies(session)
 
     def latency(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
         """The session's latency, interleaved with dense."""
-        latency = self.bench.compare(session, n_blocks=40, max_seconds=self.max_seconds)
-        return dict(latency_columns(latency, dense_latency_ms))
+        return self.latencies([session], dense_latency_ms)[0]
+
+    def latencies(self, sessions: Sequence[AbstractSession], dense_latency_ms: float) -> list[Figures]:
+        """The latency of each, interleaved with the others and dense."""
+        found = self.bench.compare_all(sessions, n_blocks=40, max_seconds=self.max_seconds * len(sessions))
+        return [dict(latency_columns(latency, dense_latency_ms)) for latency in found]
+
+    def accuracies(self, session: AbstractSession) -> Figures:
+        """The drops on the runtime: `runtime_*` on validation, `test_*` on test where there is such data."""
+        figures = self.accuracy(session, "validation", "runtime_")
+        return figures if self.bench.data.test is None else figures | self.accuracy(session, "test", "test_")
 
     def accuracy(self, session: AbstractSession, split: str, prefix: str) -> Figures:
         """The session's score on a split, and its paired drop against dense on the same runtime."""

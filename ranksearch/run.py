@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ranksearch.candidates import Profile
 from ranksearch.compression import check_plan
 from ranksearch.controls import control_plans, measure_controls
 from ranksearch.device import other_cores
+from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation, Evaluator
 from ranksearch.export import write_bundle
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
@@ -32,7 +33,7 @@ from ranksearch.optimization import (
     trained_evaluations,
 )
 from ranksearch.plan import Plan
-from ranksearch.remeasure import remeasure_in_fresh_process, remeasure_plans
+from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process, remeasure_plans
 from ranksearch.results import Row, evaluation_row, resolve_goals
 from ranksearch.search_result import SearchResult
 from ranksearch.session import Session, dense_latency, make_profile, prepare, remember_script, start_over
@@ -74,13 +75,17 @@ def search(
         tracking_uri=tracking_uri, experiment=experiment, script=script, should_stop=should_stop,
         should_abort=should_abort, started=time.monotonic(),
     )  # fmt: skip
+    if time_limit_s is not None and time_limit_s <= 0:
+        raise StudyError(f"a time limit of {time_limit_s:g} s leaves no time for a trial; give more, or none")
     find_sampler(sampler)
     resolve_tracking_uri(tracking_uri)
     told = progress or Silent()
     place = StudyHome(Path(home) / study.name)
     with coordinator_lock(place.directory, around=True), other_cores(study.target):
         told.stage("loading model and data")
+        opening = time.monotonic()
         bench = open_workbench(study, preparing(told))
+        request = replace(request, opening_s=time.monotonic() - opening)
         # Units that do not fit the score are told of now, whatever the latency will be.
         resolve_goals(study.goals, bench.dense.scores.value, 1.0, bench.dense.model_bytes)
         if new:
@@ -138,6 +143,8 @@ class _Request:
     should_stop: Callable[[], bool]
     should_abort: Callable[[], bool]
     started: float
+    # What loading model and data took: the fresh process that measures the front again does so anew.
+    opening_s: float = 0.0
 
     @property
     def deadline(self) -> float | None:
@@ -239,6 +246,7 @@ def _run_trials(
         should_stop=request.should_stop,
         drop_unit=drop_unit(session.dense_accuracy),
         weight_errors=lambda: measure_weights(bench.source, session.factorisations, session.profile),
+        seconds_to_end=lambda: _seconds_to_measure_again(listener, request.opening_s),
     )
 
 
@@ -271,11 +279,7 @@ def _remeasure_front(
     bench: Workbench, listener: Listener, dense_latency_ms: float, request: _Request, told: Progress
 ) -> None:
     """Measures again what is on the front, and the controls, where that was not done yet and weights are there."""
-    home = listener.home
-    numbers = {row["trial"] for row in listener.rows() if row["pareto"]}
-    chosen = [r for r in listener.history if r.number in numbers or (r.control and r.evaluation is not None)]
-    known = read_json(home.remeasured)
-    hashes = [h for h in dict.fromkeys(r.plan.hash() for r in chosen) if h not in known and home.plan(h).is_dir()]
+    home, hashes = listener.home, _to_measure_again(listener)
     if not hashes:
         return
     told.stage(f"measuring {len(hashes)} plans of the front again, on the runtime and on test data")
@@ -284,3 +288,21 @@ def _remeasure_front(
     else:
         script = Path(request.script).resolve()
         remeasure_in_fresh_process(script, home, hashes, dense_latency_ms, request.should_stop)
+
+
+def _to_measure_again(listener: Listener) -> list[str]:
+    """The plans on the front, and the controls, that were not measured again yet and whose weights are there."""
+    numbers = {row["trial"] for row in listener.rows() if row["pareto"]}
+    chosen = [r for r in listener.history if r.number in numbers or (r.control and r.evaluation is not None)]
+    known = read_json(listener.home.remeasured)
+    hashes = dict.fromkeys(record.plan.hash() for record in chosen)
+    return [name for name in hashes if name not in known and listener.home.plan(name).is_dir()]
+
+
+def _seconds_to_measure_again(listener: Listener, opening_s: float) -> float:
+    """What that may take: each plan's latency at length, and its scores on the runtime as long as on torch."""
+    hashes = _to_measure_again(listener)
+    scored = [r.evaluation.seconds.get("validate", 0.0) for r in listener.history if r.evaluation is not None]
+    # On validation and on test data.
+    each = MAX_LATENCY_SECONDS + 2 * max(scored, default=0.0)
+    return opening_s + len(hashes) * each if hashes else 0.0

@@ -2,7 +2,7 @@
 
 import copy
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -17,7 +17,7 @@ from ranksearch.decompositions import get_decomposition
 from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
-from ranksearch.latency import Latency, compare, timed_call
+from ranksearch.latency import Latency, compare_all, timed_call
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
 from ranksearch.preparation import prepare_source
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
@@ -82,11 +82,15 @@ class Workbench:
             return self.runtime.open(artefact, self.spec.target)
 
     def compare(self, session: AbstractSession, **options: Any) -> Latency:
-        """The session's latency beside dense's, alone on the device; options are those of latency.compare."""
-        target = self.spec.target
-        call = timed_call(session, to_arrays(self.example), target)
+        """The session's latency beside dense's, alone on the device; options are those of latency.compare_all."""
+        return self.compare_all([session], **options)[0]
+
+    def compare_all(self, sessions: Sequence[AbstractSession], **options: Any) -> list[Latency]:
+        """The latency of each beside the others' and dense's."""
+        target, arrays = self.spec.target, to_arrays(self.example)
+        calls = [timed_call(session, arrays, target) for session in sessions]
         with timed_cores(target), device_lock(target):
-            return compare(call, self.dense.run, seed=self.spec.seed, **options)
+            return compare_all(calls, self.dense.run, seed=self.spec.seed, **options)
 
     def stayed_float(self, model: nn.Module, session: AbstractSession) -> dict[str, str]:
         """The model's 8- and 4-bit layers that the session, opened from it, runs in float, with the kernel of each."""

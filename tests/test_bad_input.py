@@ -87,6 +87,7 @@ def test_a_script_that_cannot_be_used(commands: Commands, tmp_path: Path) -> Non
         (["--max-latency", "5"], ["max_latency '5'", "5ms"]),
         (["--max-size", "2 potatoes"], ["max_size", "2MB"]),
         (["--time", "soon"], ["--time 'soon'", "30m"]),
+        (["--time", "0"], ["time limit of 0 s", "no time for a trial"]),
         (["--grace", "x"], ["--grace 'x'"]),
         (["--sampler", "dice"], ["'dice'", "nsga2"]),
         (["--trials", "1", "--more-trials", "1"], ["--trials", "--more-trials"]),

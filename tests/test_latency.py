@@ -17,7 +17,7 @@ from torch import nn
 from ranksearch import device as device_module
 from ranksearch import latency as latency_module
 from ranksearch.errors import MeasurementError
-from ranksearch.latency import OneThread, compare, measure_latency, median_interval, timed_call
+from ranksearch.latency import OneThread, compare, compare_all, measure_latency, median_interval, timed_call
 from ranksearch.runtimes import DeviceTimed, get_runtime
 from ranksearch.spec import Target
 
@@ -61,6 +61,29 @@ def test_the_same_model_twice_is_one_on_a_noisy_drifting_machine(seed: int) -> N
     measured = compare(clock.call(0.001), clock.call(0.001), clock=clock, seed=seed)
     assert measured.ratio_low <= 1 <= measured.ratio_high
     assert measured.ratio_high - measured.ratio_low < 0.1
+
+
+def test_several_are_measured_beside_each_other_whatever_the_drift() -> None:
+    clock = FakeClock(drift=0.5)
+    costs = (0.002, 0.001, 0.005)
+    measured = compare_all([clock.call(cost) for cost in costs], clock.call(0.001), clock=clock)
+    assert [each.ratio for each in measured] == pytest.approx([2.0, 1.0, 5.0], rel=0.02)
+    assert len({(each.reference_ms, each.n_blocks) for each in measured}) == 1, "one reference, timed once for all"
+    assert compare_all([], clock.call(0.001), clock=clock) == []
+
+
+def test_no_interval_ends_the_blocks_while_another_is_wide() -> None:
+    clock = FakeClock()
+    noisy = FakeClock(noise=2.0)
+
+    def unsteady() -> None:
+        before = noisy.now
+        noisy.call(0.01)()
+        clock.now += noisy.now - before
+
+    steady, wide = compare_all([clock.call(0.01), unsteady], clock.call(0.01), clock=clock, n_blocks=10)
+    assert steady.ratio_high - steady.ratio_low < 0.01 < wide.ratio_high - wide.ratio_low
+    assert steady.n_blocks == wide.n_blocks > 10
 
 
 def test_the_interval_holds_its_level_where_the_load_comes_and_goes() -> None:

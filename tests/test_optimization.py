@@ -238,6 +238,23 @@ def test_no_trial_is_started_that_cannot_end_in_time() -> None:
         assert len(read_records(study)) == 6
 
 
+def test_time_is_left_for_what_ends_the_study() -> None:
+    now, n_trials = [0.0], [0]
+
+    def evaluate(plan: Plan) -> Evaluation:
+        now[0] += 10.0
+        n_trials[0] += 1
+        return MEASURED(plan)
+
+    with opened() as study:
+        search(
+            study, PROFILE, evaluate, deadline=100.0, clock=lambda: now[0], n_trials=100,
+            seconds_to_end=lambda: 5.0 * n_trials[0],
+        )  # fmt: skip
+        # Another would begin at 60 s, take 10 s, and leave 30 s and what it may add for the end.
+        assert len(read_records(study)) == 6
+
+
 def test_a_stop_during_an_evaluation_queues_the_plan_again() -> None:
     stop = [False]
 

@@ -51,14 +51,15 @@ def optimise(
     n_prices: int | None = None,
     drop_unit: float = REFERENCE_POINT[0],
     weight_errors: Callable[[], WeightErrors] = no_weight_errors,
+    seconds_to_end: Callable[[], float] = lambda: 0.0,
 ) -> None:
     """Tries plans until the study has `n_trials`, time is up, it shall stop, or every plan was tried.
 
     First the controls, then a uniform plan and `n_prices` prices (0: neither), then the sampler, which may ask for the
-    `weight_errors`, and to which a drop of `drop_unit` is too much. Trials that an earlier process left unfinished
-    come before all else. No plan runs twice. A trial that cannot end before `deadline`, on `clock`, by the mean time so
-    far, is not started. `n_trials` is the study's total of complete and pruned trials; controls and duplicates do not
-    count.
+    `weight_errors`, and to which a drop of `drop_unit` is too much. Trials that an earlier process left unfinished come
+    before all else. No plan runs twice. A trial after which what ends the study, `seconds_to_end` by the trials so far,
+    would not be done before `deadline`, on `clock`, is not started. `n_trials` is the study's total of complete and
+    pruned trials; controls and duplicates do not count.
 
     Raises StudyError for an unknown sampler, a control that is not in the table, or when ten trials in a row fail;
     KeyboardInterrupt, with the running plan queued again, where it comes without `should_stop`.
@@ -76,7 +77,8 @@ def optimise(
     search = Search(
         study=optuna_study, profile=profile, evaluate=evaluate, objectives=objectives, limits=limits,
         sampler_name=sampler_name, next_sampler=next_sampler, seed=seed, n_trials=n_trials, deadline=deadline,
-        clock=clock, callbacks=callbacks, should_stop=should_stop, seeds=seeds, history=History(known),
+        clock=clock, seconds_to_end=seconds_to_end, callbacks=callbacks, should_stop=should_stop, seeds=seeds,
+        history=History(known),
     )  # fmt: skip
     for record in known:
         if record.number in stale:
@@ -100,8 +102,10 @@ def _finished(search: Search) -> bool:
     """Whether no further trial is to be started."""
     if search.should_stop() or search.history.n_distinct >= n_plans(search.profile):
         return True
-    if search.deadline is not None and search.clock() + search.history.mean_seconds >= search.deadline:
-        return True
+    if search.deadline is not None:
+        ahead_s = search.history.mean_seconds + search.seconds_to_end()
+        if search.clock() + ahead_s >= search.deadline:
+            return True
     if search.history.n_counted < search.n_trials:
         return False
     tried = {record.plan.hash() for record in search.history.records if not record.queued_again}

@@ -57,6 +57,7 @@ class Search:
     n_trials: int
     deadline: float | None
     clock: Callable[[], float]
+    seconds_to_end: Callable[[], float]
     callbacks: Callbacks
     should_stop: Callable[[], bool]
     seeds: Sequence[Seed]
