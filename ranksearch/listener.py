@@ -9,15 +9,17 @@ from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import (
     DropEstimator,
     Estimates,
+    FurtherDrop,
     ResolvedLimits,
     TrialRecord,
     beaten_by,
     front,
+    near_ties,
     trained_evaluations,
 )
 from ranksearch.plan import Plan
 from ranksearch.recovery import Step
-from ranksearch.results import Row, gapped_trials, study_hypervolume, trial_rows
+from ranksearch.results import Row, further_drops, gapped_trials, study_hypervolume, trial_rows
 from ranksearch.retention import keep_within
 from ranksearch.session import Session
 from ranksearch.spec import Objective
@@ -154,7 +156,17 @@ class Listener:
         return study_hypervolume(self.history, self._estimates())
 
     def _estimates(self) -> Estimates:
-        return self.estimator.drops(self.history)
+        return self.estimator.drops(self.history, self._further())
+
+    def near_ties(self) -> list[int]:
+        """The trials off the front that validation can barely tell from it."""
+        gapped = self.gapped()
+        judgeable = [record for record in self.history if record.number not in gapped]
+        deviations = self.estimator.deviations(self.history, self._further())
+        return near_ties(judgeable, self.objectives, self._estimates(), deviations)
+
+    def _further(self) -> dict[str, FurtherDrop]:
+        return further_drops(read_json(self.home.remeasured))
 
     def gapped(self) -> list[int]:
         """The trials that are off the front, since the runtime scores them otherwise than torch."""

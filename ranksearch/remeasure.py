@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ranksearch.evaluation import latency_columns
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
-from ranksearch.spec import load_study
+from ranksearch.spec import Data, load_study
 from ranksearch.workbench import SessionModel, Workbench, open_workbench
 
 Figures = dict[str, float | None]
@@ -72,7 +72,7 @@ def remeasure_plans(
     """
     known: dict[str, Figures] = dict(read_json(home.remeasured))
     artefacts = {name: read_json(home.plan(name) / "runtime.json").get("artefact") for name in plan_hashes}
-    missing = [name for name, artefact in artefacts.items() if name not in known and artefact is not None]
+    missing = [name for name in unmeasured(known, artefacts, bench.data) if artefacts[name] is not None]
     judge = Judge(bench, max_seconds)
     for start in range(0, len(missing), N_TOGETHER):
         names = missing[start : start + N_TOGETHER]
@@ -84,6 +84,12 @@ def remeasure_plans(
     return known
 
 
+def unmeasured(known: Mapping[str, Figures], plan_hashes: Iterable[str], data: Data) -> list[str]:
+    """Of the plans those whose figures are not known, or not on the tie-break data where there is such data now."""
+    last = "runtime_accuracy" if data.tiebreak is None else "tiebreak_accuracy"
+    return [name for name in plan_hashes if last not in known.get(name, {})]
+
+
 class Judge:
     """Measures opened artefacts against dense; dense is scored on the runtime once."""
 
@@ -93,7 +99,7 @@ class Judge:
         self._dense: dict[str, Scores] = {}
 
     def figures(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
-        """Latency as the front's columns, and the drops on the runtime: `runtime_*` on validation, `test_*` on test."""
+        """Latency as the front's columns, and the drops on the runtime."""
         return self.latency(session, dense_latency_ms) | self.accuracies(session)
 
     def latency(self, session: AbstractSession, dense_latency_ms: float) -> Figures:
@@ -106,9 +112,12 @@ class Judge:
         return [dict(latency_columns(latency, dense_latency_ms)) for latency in found]
 
     def accuracies(self, session: AbstractSession) -> Figures:
-        """The drops on the runtime: `runtime_*` on validation, `test_*` on test where there is such data."""
+        """The drops on the runtime: `runtime_*` on validation, `tiebreak_*` and `test_*` where there is such data."""
         figures = self.accuracy(session, "validation", "runtime_")
-        return figures if self.bench.data.test is None else figures | self.accuracy(session, "test", "test_")
+        for split in ("tiebreak", "test"):
+            if getattr(self.bench.data, split) is not None:
+                figures |= self.accuracy(session, split, f"{split}_")
+        return figures
 
     def accuracy(self, session: AbstractSession, split: str, prefix: str) -> Figures:
         """The session's score on a split, and its paired drop against dense on the same runtime."""

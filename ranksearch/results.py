@@ -5,7 +5,7 @@ from typing import Any
 
 from ranksearch.errors import NoPlanError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
-from ranksearch.optimization import Estimates, ResolvedLimits, TrialRecord, front
+from ranksearch.optimization import Estimates, FurtherDrop, ResolvedLimits, TrialRecord, front
 from ranksearch.pareto import REFERENCE_POINT, hypervolume, knee
 from ranksearch.plan import Plan
 from ranksearch.remeasure import Figures, has_gap
@@ -95,6 +95,16 @@ def summary(plan: Plan, row: Mapping[str, Any]) -> str:
     if row.get("accuracy_drop") is not None:
         figures.append(_points(row))
     return f"{what}: {', '.join(figures)}"
+
+
+def further_drops(remeasured: Mapping[str, Figures]) -> dict[str, FurtherDrop]:
+    """What the plans that were measured again lose on the tie-break data, by their hashes."""
+    found = {}
+    for plan_hash, figures in remeasured.items():
+        value, low, high = (figures.get(f"tiebreak_{name}") for name in ("accuracy_drop", "drop_low", "drop_high"))
+        if value is not None and low is not None and high is not None:
+            found[plan_hash] = FurtherDrop(value=value, low=low, high=high)
+    return found
 
 
 def study_hypervolume(records: Sequence[TrialRecord], estimates: Estimates) -> float:

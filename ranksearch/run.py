@@ -33,11 +33,11 @@ from ranksearch.optimization import (
     trained_evaluations,
 )
 from ranksearch.plan import Plan
-from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process, remeasure_plans
+from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process, remeasure_plans, unmeasured
 from ranksearch.results import Row, evaluation_row, resolve_goals
 from ranksearch.search_result import SearchResult
 from ranksearch.session import Session, dense_latency, make_profile, prepare, remember_script, start_over
-from ranksearch.spec import Objective, StudySpec
+from ranksearch.spec import Data, Objective, StudySpec
 from ranksearch.tracking import resolve_tracking_uri
 from ranksearch.workbench import Workbench, open_workbench
 
@@ -246,7 +246,7 @@ def _run_trials(
         should_stop=request.should_stop,
         drop_unit=drop_unit(session.dense_accuracy),
         weight_errors=lambda: measure_weights(bench.source, session.factorisations, session.profile),
-        seconds_to_end=lambda: _seconds_to_measure_again(listener, request.opening_s),
+        seconds_to_end=lambda: _seconds_to_measure_again(listener, bench.data, request.opening_s),
     )
 
 
@@ -279,29 +279,36 @@ def _remeasure_front(
     bench: Workbench, listener: Listener, dense_latency_ms: float, request: _Request, told: Progress
 ) -> None:
     """Measures again what is on the front, and the controls, where that was not done yet and weights are there."""
-    home, hashes = listener.home, _to_measure_again(listener)
-    if not hashes:
-        return
-    told.stage(f"measuring {len(hashes)} plans of the front again, on the runtime and on test data")
-    if request.script is None:
-        remeasure_plans(bench, home, hashes, dense_latency_ms)
-    else:
-        script = Path(request.script).resolve()
-        remeasure_in_fresh_process(script, home, hashes, dense_latency_ms, request.should_stop)
+    # Tie-break data may bring others to the front.
+    for _ in range(1 if bench.data.tiebreak is None else 2):
+        hashes = _to_measure_again(listener, bench.data)
+        if not hashes or request.should_stop():
+            return
+        told.stage(f"measuring {len(hashes)} plans of the front again, on the runtime and on test data")
+        if request.script is None:
+            remeasure_plans(bench, listener.home, hashes, dense_latency_ms)
+        else:
+            script = Path(request.script).resolve()
+            remeasure_in_fresh_process(script, listener.home, hashes, dense_latency_ms, request.should_stop)
 
 
-def _to_measure_again(listener: Listener) -> list[str]:
-    """The plans on the front, and the controls, that were not measured again yet and whose weights are there."""
+def _to_measure_again(listener: Listener, data: Data) -> list[str]:
+    """The plans on the front, and the controls, that were not measured again yet and whose weights are there.
+
+    With tie-break data those too that validation can barely tell from the front.
+    """
     numbers = {row["trial"] for row in listener.rows() if row["pareto"]}
+    if data.tiebreak is not None:
+        numbers |= set(listener.near_ties())
     chosen = [r for r in listener.history if r.number in numbers or (r.control and r.evaluation is not None)]
-    known = read_json(listener.home.remeasured)
     hashes = dict.fromkeys(record.plan.hash() for record in chosen)
-    return [name for name in hashes if name not in known and listener.home.plan(name).is_dir()]
+    missing = unmeasured(read_json(listener.home.remeasured), hashes, data)
+    return [name for name in missing if listener.home.plan(name).is_dir()]
 
 
-def _seconds_to_measure_again(listener: Listener, opening_s: float) -> float:
+def _seconds_to_measure_again(listener: Listener, data: Data, opening_s: float) -> float:
     """What that may take: each plan's latency at length, and its scores on the runtime as long as on torch."""
-    hashes = _to_measure_again(listener)
+    hashes = _to_measure_again(listener, data)
     scored = [r.evaluation.seconds.get("validate", 0.0) for r in listener.history if r.evaluation is not None]
     # On validation and on test data.
     each = MAX_LATENCY_SECONDS + 2 * max(scored, default=0.0)

@@ -13,6 +13,7 @@ from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import (
     Agreement,
     Estimates,
+    FurtherDrop,
     ResolvedLimits,
     TrialRecord,
     agreements,
@@ -24,7 +25,16 @@ from ranksearch.optimization import (
 )
 from ranksearch.plan import Plan, Provenance
 from ranksearch.report import ExportFacts, export_report
-from ranksearch.results import Row, choose, gapped_trials, judged, likely_drop, resolve_goals, trial_rows
+from ranksearch.results import (
+    Row,
+    choose,
+    further_drops,
+    gapped_trials,
+    judged,
+    likely_drop,
+    resolve_goals,
+    trial_rows,
+)
 from ranksearch.spec import Goals, Objective
 
 if TYPE_CHECKING:
@@ -90,9 +100,10 @@ def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
     optuna_study = read_study(storage or home.directory, record["name"])
     limits = _stored_limits(optuna_study.user_attrs["limits"])
     history, remeasured = read_records(optuna_study), read_json(home.remeasured)
+    estimates = _estimates(home, history, record["dense_accuracy"], further_drops(remeasured))
     return SearchResult(
         home=home,
-        rows=trial_rows(history, objectives, limits, remeasured, _estimates(home, history, record["dense_accuracy"])),
+        rows=trial_rows(history, objectives, limits, remeasured, estimates),
         controls=list(read_json(home.controls).get("controls", [])),
         plans={record.number: record.plan for record in history},
         limits=limits,
@@ -102,11 +113,13 @@ def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
     )
 
 
-def _estimates(home: StudyHome, history: Sequence[TrialRecord], dense_score: float) -> Estimates:
+def _estimates(
+    home: StudyHome, history: Sequence[TrialRecord], dense_score: float, further: Mapping[str, FurtherDrop]
+) -> Estimates:
     """None before the candidate table is there."""
     if not home.candidates.is_file():
         return {}
-    return estimated_drops(read_profile(home), history, drop_unit(dense_score))
+    return estimated_drops(read_profile(home), history, drop_unit(dense_score), further)
 
 
 def export_plan(

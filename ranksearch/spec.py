@@ -24,14 +24,17 @@ WEIGHT_BITS = (32, 16, 8, 4)
 class Data:
     """Re-iterables of (inputs, targets) batches.
 
-    Validation and test give the same examples in the same order at every pass; calibration and train may shuffle
-    and augment. Without `train` recovery uses the calibration data; without `test` the report says so.
+    Validation, tiebreak and test give the same examples in the same order at every pass; calibration and train may
+    shuffle and augment. Without `train` recovery uses the calibration data; without `test` the report says so.
+    `tiebreak` are more examples for validation, none of them among `validation`: only plans of the front, and those
+    that validation can barely tell from it, are scored on them, when the search ends.
     """
 
     calibration: Batches
     validation: Batches
     train: Batches | None = None
     test: Batches | None = None
+    tiebreak: Batches | None = None
 
     @property
     def recovery(self) -> Batches:

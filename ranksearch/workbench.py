@@ -23,7 +23,7 @@ from ranksearch.preparation import prepare_source
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
 from ranksearch.recovery import Step
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
-from ranksearch.scoring import Scores, same_twice, score_model
+from ranksearch.scoring import Scores, same_twice, score_kind, score_model
 from ranksearch.spec import Batches, Data, StudySpec, tied_layers
 from ranksearch.statistics import collect
 from ranksearch.trees import concatenate, count_rows, first_examples, map_tensors, pick_rows
@@ -141,7 +141,12 @@ def open_workbench(spec: StudySpec, on_step: Callable[[Step], None] = lambda _st
     data = _given(spec, "data", spec.data(), Data)
     calibration = _take_calibration(spec, data)
     _check_dense(model, spec, calibration[0])
-    for name in ("validation", "test"):
+    if data.tiebreak is not None and score_kind(spec.score) == "model":
+        raise StudyError(
+            f"study {spec.name!r}: a score of the kind evaluate(model) reads its own data and none of Data.tiebreak; "
+            "leave `tiebreak` out, or give a score of outputs and targets"
+        )
+    for name in ("validation", "tiebreak", "test"):
         batches = getattr(data, name)
         if batches is not None:
             same_twice(batches, name)

@@ -7,7 +7,16 @@ import pytest
 from synthetic_study import evaluate_as_predicted, make_profile, opened, search
 
 from ranksearch.evaluation import Evaluation
-from ranksearch.optimization import DropEstimator, TrialRecord, drop_unit, estimated_drops, front, read_records
+from ranksearch.optimization import (
+    DropEstimator,
+    FurtherDrop,
+    TrialRecord,
+    drop_unit,
+    estimated_drops,
+    front,
+    near_ties,
+    read_records,
+)
 from ranksearch.optimization.drop_model import DropModel
 from ranksearch.plan import Plan
 from ranksearch.spec import OBJECTIVES
@@ -58,6 +67,56 @@ def test_the_best_of_a_front_is_no_longer_the_luckiest() -> None:
             optimism["measured"].append(true_drop(record) - record.evaluation.accuracy_drop)
         optimism["estimated"] += [true_drop(r) - estimates[r.number] for r in front(records, OBJECTIVES, estimates)]
     assert abs(np.mean(optimism["estimated"])) < 0.5 * np.mean(optimism["measured"])
+
+
+def test_further_data_brings_estimates_nearer_to_the_truth() -> None:
+    records = noisy_study(0)
+    rng = np.random.default_rng(1)
+    further = {}
+    for record in records:
+        drop = true_drop(record) + rng.normal(0, DEVIATION / 10)
+        half_width = 0.196 * DEVIATION
+        further[record.plan.hash()] = FurtherDrop(value=drop, low=drop - half_width, high=drop + half_width)
+    estimator = DropEstimator(PROFILE, 0.1)
+    errors = {}
+    for name, known in (("trials alone", {}), ("both", further)):
+        estimates = estimator.drops(records, known)
+        assert estimates == estimated_drops(PROFILE, records, 0.1, known)
+        errors[name] = np.std([estimates[r.number] - true_drop(r) for r in records])
+        assert all(0 <= deviation <= DEVIATION for deviation in estimator.deviations(records, known).values())
+    assert errors["both"] < 0.5 * errors["trials alone"]
+
+
+def test_a_lucky_plan_leaves_the_front_when_more_images_say_so() -> None:
+    records = noisy_study(0)
+    members = front(records, OBJECTIVES, estimated_drops(PROFILE, records, 0.1))
+    lucky = next(r for r in members if r.evaluation is not None and 0.01 < (r.evaluation.accuracy_drop or 0) < 0.05)
+    worse = FurtherDrop(value=0.09, low=0.0899, high=0.0901)
+    estimates = estimated_drops(PROFILE, records, 0.1, {lucky.plan.hash(): worse})
+    assert estimates[lucky.number] == pytest.approx(0.09, abs=0.002)
+    assert lucky.number not in {record.number for record in front(records, OBJECTIVES, estimates)}
+
+
+def test_near_ties_are_those_that_their_doubt_could_bring_to_the_front() -> None:
+    measured = evaluate_as_predicted(PROFILE)
+    dense = [layer.dense for layer in PROFILE.layers]
+    fast, slow = PROFILE.plan([0] * 12), PROFILE.plan([0] * 6 + dense[6:])
+
+    def record(number: int, plan: Plan) -> TrialRecord:
+        return TrialRecord(number=number, state="complete", origin="", plan=plan, evaluation=measured(plan))
+
+    # The same latency and bytes, and so rivals; another is slower, and loses more than it may err.
+    records = [record(0, fast), record(1, fast), record(2, fast), record(3, slow), record(4, PROFILE.plan(dense))]
+    evaluations = [r.evaluation.losses for r in records if r.evaluation is not None]
+    assert evaluations[3]["latency"] > evaluations[0]["latency"]
+    estimates = {0: 0.010, 1: 0.0105, 2: 0.0102, 3: 0.05, 4: 0.002}
+    deviations = dict.fromkeys(estimates, 0.001)
+    assert near_ties(records[:4], OBJECTIVES, estimates, deviations) == [2, 1]
+    assert near_ties(records[:4], OBJECTIVES, estimates, dict.fromkeys(estimates, 0.0001)) == []
+    assert near_ties(records[:4], ("latency", "bytes"), estimates, deviations) == []
+    many = [record(n, fast) for n in range(40)]
+    all_alike = {n: 0.01 + n * 1e-6 for n in range(40)}
+    assert near_ties(many, OBJECTIVES, all_alike, dict.fromkeys(all_alike, 0.01)) == list(range(1, 17))
 
 
 def test_dense_is_sure_and_stays() -> None:

@@ -17,7 +17,7 @@ from command_line import MOMENTS, TRIALS, Commands, Searched, write_study
 import ranksearch as rs
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import read_example
-from ranksearch.home import StudyHome
+from ranksearch.home import StudyHome, read_json
 from ranksearch.search_result import read_result
 from ranksearch.spec import load_study
 
@@ -191,6 +191,28 @@ def test_from_python(tiny: rs.StudySpec, searched: Searched) -> None:
     assert evaluation.rung == "fine_tuned" and evaluation.accuracy_drop is not None
     table = rs.profile(tiny)
     assert [layer.name for layer in table.layers] == ["0", "2", "6"]
+
+
+def test_near_ties_are_scored_on_more_images(tiny: rs.StudySpec, searched: Searched) -> None:
+    uri = f"sqlite:///{shutil.copy(searched.folder / 'mlflow.db', 'mlflow.db')}"
+    data = tiny.data()
+    validation = list(data.validation)
+    parts = {"validation": validation[:2], "tiebreak": validation[2:]}
+    plain, more = (replace(data, **{**parts, "tiebreak": tiebreak}) for tiebreak in (None, parts["tiebreak"]))
+    first = rs.search(replace(tiny, name="ties", data=lambda: plain), trials=6, home="home", tracking_uri=uri)
+    known = read_json(first.home.remeasured)
+    assert known and not any("tiebreak_accuracy" in figures for figures in known.values())
+
+    second = rs.search(replace(tiny, name="ties", data=lambda: more), trials=6, home="home", tracking_uri=uri)
+    known = read_json(second.home.remeasured)
+    hashes = {row["trial"]: second.plans[row["trial"]].hash() for row in second.rows}
+    assert all("tiebreak_drop_low" in known[hashes[row["trial"]]] for row in second.rows if row["pareto"])
+    estimates = {row["trial"]: (row["estimated_drop"], row["accuracy_drop"]) for row in first.rows}
+    changed = [row["trial"] for row in second.rows if row["estimated_drop"] != estimates[row["trial"]][0]]
+    assert changed and all(row["accuracy_drop"] == estimates[row["trial"]][1] for row in second.rows)
+    assert [row["estimated_drop"] for row in read_result(second.home).rows] == [
+        row["estimated_drop"] for row in second.rows
+    ]
 
 
 def test_bits_and_ties_go_through_a_whole_study(tiny: rs.StudySpec, searched: Searched) -> None:

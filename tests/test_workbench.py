@@ -43,6 +43,13 @@ def test_the_users_model_keeps_its_mode(model: nn.Sequential, parts: dict[str, P
         model.eval()
 
 
+def test_a_score_that_reads_its_own_data_has_no_use_for_a_tie_break(opened: Open, bench: Workbench) -> None:
+    data = replace(bench.data, tiebreak=bench.data.test)
+    assert opened(data=lambda: data).data.tiebreak is bench.data.test
+    with pytest.raises(StudyError, match=r"reads its own data and none of Data.tiebreak; leave `tiebreak` out"):
+        opened(data=lambda: data, score=lambda model: 0.5)
+
+
 def test_without_train_recovery_takes_the_calibration_data(bench: Workbench) -> None:
     assert replace(bench, data=replace(bench.data, train=None)).train is bench.data.calibration
 

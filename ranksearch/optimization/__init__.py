@@ -1,6 +1,13 @@
 """Which plan to try next: the space, the prices, the samplers, the loop, and how a study goes on where it stopped."""
 
-from ranksearch.optimization.estimates import DropEstimator, Estimates, drop_unit, estimated_drops
+from ranksearch.optimization.estimates import (
+    DropEstimator,
+    Estimates,
+    FurtherDrop,
+    drop_unit,
+    estimated_drops,
+    near_ties,
+)
 from ranksearch.optimization.limits import ResolvedLimits, out_of_reach
 from ranksearch.optimization.loop import optimise
 from ranksearch.optimization.price_sampler import PriceSampler
@@ -22,6 +29,7 @@ __all__ = [
     "Callbacks",
     "DropEstimator",
     "Estimates",
+    "FurtherDrop",
     "PriceSampler",
     "ResolvedLimits",
     "TrialRecord",
@@ -35,6 +43,7 @@ __all__ = [
     "estimated_drops",
     "find_sampler",
     "measure_weights",
+    "near_ties",
     "open_study",
     "optimise",
     "out_of_reach",
