@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from synthetic_study import INT8, make_profile
 
 from ranksearch.candidates import Profile
+from ranksearch.optimization import ResolvedLimits
 from ranksearch.optimization.records import read_records
 from ranksearch.optimization.weight_errors import WeightErrors
 from ranksearch.pareto import hypervolume
@@ -39,8 +41,10 @@ def rooms() -> Iterator[dict[str, Any]]:
         import search_evaluations
         import search_figures
         import search_methods
+        import search_published
         import search_recovered
         import search_subjects
+        import search_uniform
 
         yield {
             "asking": search_asking,
@@ -48,8 +52,10 @@ def rooms() -> Iterator[dict[str, Any]]:
             "evaluations": search_evaluations,
             "figures": search_figures,
             "methods": search_methods,
+            "published": search_published,
             "recovered": search_recovered,
             "subjects": search_subjects,
+            "uniform": search_uniform,
         }
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -357,7 +363,8 @@ def test_targets_name_methods_that_there_are(rooms: dict[str, Any]) -> None:
 def test_figures_of_a_network_are_printed_and_json(rooms: dict[str, Any], tmp_path: Path) -> None:
     search = rooms["search"]
     evaluations, _ = opened(rooms, tmp_path, make_profile())
-    traces = search._traces("synthetic", evaluations, METHODS, 2, [5, 10], "estimated")
+    methods = {name: rooms["methods"].METHODS[name] for name in METHODS}
+    traces = search._traces("synthetic", evaluations, methods, 2, [5, 10], "estimated")
     figures = search._figures(evaluations, traces, [5, 10], search.TARGETS)
     lines = search._lines("synthetic", figures)
     assert all(any(line.strip().startswith(name) for line in lines) for name in METHODS)
@@ -419,3 +426,65 @@ def test_asking_is_timed_on_a_table_of_many_layers(rooms: dict[str, Any], monkey
     monkeypatch.setattr(asking, "N_ASKED", 3)
     found = asking.asking_ms()
     assert found["median_ms"] > 0 and found["first_ms"] > 0 and found["trials"] == 20
+
+
+def test_published_evaluations_are_those_on_record(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    found = rooms["figures"].trace(rooms["methods"].METHODS["random"], evaluations, 0, [12], "measured")
+    plans = list(rooms["methods"].METHODS["random"].run(evaluations, 0, 12))
+    for plan in plans:
+        evaluations.test_drop(plan)
+    published = rooms["published"]
+    assert not published.is_published("Tiny", tmp_path)
+    assert published.publish("Tiny", evaluations.profile, evaluations.recorded, tmp_path) == 12
+    file = tmp_path / "tiny" / "evaluations.csv.gz"
+    before = file.read_bytes()
+    assert published.publish("Tiny", evaluations.profile, evaluations.recorded, tmp_path) == 12
+    assert file.read_bytes() == before
+
+    again = published.open_published("Tiny", tmp_path)
+    assert again.profile == evaluations.profile
+    assert [again.figures(plan) for plan in plans] == [evaluations.figures(plan) for plan in plans]
+    assert [again.test_drop(plan) for plan in plans] == [evaluations.test_drop(plan) for plan in plans]
+    assert rooms["figures"].trace(rooms["methods"].METHODS["random"], again, 0, [12], "measured") == found
+    unknown = next(plan for plan in uniformly(again, 0, 1) if plan not in plans)
+    with pytest.raises(LookupError, match=f"no validation row for plan {'-'.join(map(str, unknown))}"):
+        again.figures(unknown)
+    with pytest.raises(LookupError, match="nothing is published of other; there is tiny"):
+        published.open_published("other", tmp_path)
+
+
+def test_samplers_of_ones_own_are_compared_by_name(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    find = rooms["methods"].find_method
+    name, method = find("optuna.samplers:RandomSampler")
+    assert name == "optuna.samplers:RandomSampler"
+    assert list(method.run(evaluations, 3, 5)) == list(find("random")[1].run(evaluations, 3, 5))
+    for wrong in ("dice", "optuna.samplers:Dice", "no_such_module:Dice"):
+        with pytest.raises(ArgumentTypeError, match=wrong):
+            find(wrong)
+
+
+def test_methods_that_need_the_network_are_left_out_without_it(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, _ = opened(rooms, tmp_path, make_profile())
+    suiting = rooms["methods"].suiting
+    assert set(rooms["methods"].METHODS) - set(suiting(evaluations)) == {"with ladder"}
+    evaluations.subject = None
+    missing = set(rooms["methods"].METHODS) - set(suiting(evaluations))
+    assert missing == {"with ladder", "no latency", "energy", "evbmf", "alds"}
+
+
+def test_float_plans_of_few_multiply_adds_are_found_within_a_latency(rooms: dict[str, Any], tmp_path: Path) -> None:
+    evaluations, measure = opened(rooms, tmp_path, make_profile())
+    in_float = rooms["uniform"].InFloat(evaluations)
+    assert {c.choice.weight_bits for layer in in_float.profile.layers for c in layer.candidates} == {32}
+    assert in_float.profile.predict(in_float.dense)[1:] == (1.0, 1.0)
+    limits = ResolvedLimits(max_latency_ratio=0.6, max_bytes_ratio=0.5)
+    plan = rooms["uniform"].best_plan(in_float, limits, 20)
+    assert plan == rooms["uniform"].best_plan(in_float, limits, 20)
+    loss, latency, macs = in_float.profile.predict(in_float.profile.indices(plan))
+    assert latency <= 0.6 and macs <= 0.5
+    within = [in_float.profile.predict(in_float.profile.indices(evaluations.profile.plan(p))) for p, _ in measure.asked]
+    assert loss <= min(found[0] for found in within if found[1] <= 0.6 and found[2] <= 0.5) + 1e-9
+    with pytest.raises(LookupError, match="none of 5 plans is within"):
+        rooms["uniform"].best_plan(in_float, ResolvedLimits(max_latency_ratio=1e-6, max_bytes_ratio=0.5), 5)

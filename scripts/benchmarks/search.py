@@ -1,16 +1,17 @@
 """Which search needs the fewest evaluations?
 
 Hypervolume of (drop, latency ratio, bytes ratio) against (0.10, 1.05, 1.0): the front is chosen by validation images
-and its drops are those on test images, which no search sees. A trial is a distinct plan, evaluated after BatchNorm re-
-estimation; dense is known to all. Latency is the candidate table's prediction, which has no noise, so that all searches
-see the same. Targets: PriceSampler covers in 10 trials what raw NSGA-II does in 200; never less than the price sweep
-without search at 20, and more in the median at 50 and 100; more than seeded NSGA-II and seeded TPE at 50. Its ablations
-and published rules are shown and not judged. With `--rung fine_tuned` plans are trained as the study does: in 20 trials
-PriceSampler covers what the price sweep does in 50. Recovered: whether what is known before training orders plans of
-like latency as their fine-tuned drops do, over thirty plans in three bands; shown and not judged. Asking: at most 50 ms
-after 1,000 trials of 200 layers. Evaluations are kept in the folder that `--recorded` names and none is made twice; the
-ResNets need the folder that RANKSEARCH_DATA names. `--quick`: a narrow network on the digits; ten plans of PriceSampler
-cover no less than twenty of NSGA-II.
+and its drops are those on test images, which no search sees. A trial is a distinct plan, evaluated after BatchNorm
+re-estimation; dense is known to all. Latency is the candidate table's prediction, which has no noise, so that all
+searches see the same. Targets: PriceSampler covers in 10 trials what raw NSGA-II does in 200; never less than the price
+sweep without search at 20, and more in the median at 50 and 100; more than seeded NSGA-II and seeded TPE at 50. Its
+ablations and published rules are shown and not judged. With `--rung fine_tuned` plans are trained as the study does: in
+20 trials PriceSampler covers what the price sweep does in 50. Recovered: whether what is known before training orders
+plans of like latency as their fine-tuned drops do, over thirty plans in three bands; shown and not judged. Uniform: at
+67 % of ResNet-20's multiply-adds cut PriceSampler's plan loses no more than uniform spatial ranks of its latency, both
+trained alike. Asking: at most 50 ms after 1,000 trials of 200 layers. Evaluations are kept in the folder that
+`--recorded` names and none is made twice; the ResNets need the folder that RANKSEARCH_DATA names. `--quick`: a narrow
+network on the digits; ten plans of PriceSampler cover no less than twenty of NSGA-II.
 """
 
 import argparse
@@ -28,9 +29,11 @@ from common import Answer, Question, ask, options, scratch
 from search_asking import MOST_MS, asking_ms
 from search_evaluations import Evaluations, mean_seconds, open_evaluations
 from search_figures import FRONTS, Target, Trace, pairs, quartiles, reach, share_of_time, trace, volume_at
-from search_methods import LADDER, METHODS
+from search_methods import METHODS, Method, find_method, suiting
+from search_published import is_published, open_published
 from search_recovered import N_BANDS, N_PER_BAND, agreement, agreement_lines
 from search_subjects import STUDIES, open_subject
+from search_uniform import CUT, EPOCHS, against_uniform
 
 from ranksearch.cache import cache_directory
 from ranksearch.optimization.space import n_plans
@@ -60,10 +63,19 @@ QUICK_SEEDS = 2
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--only", choices=list(QUESTIONS), help="one question instead of all")
-    parser.add_argument("--networks", nargs="+", choices=list(STUDIES), default=list(STUDIES), help="of these")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of these")
+    parser.add_argument("--networks", nargs="+", choices=list(STUDIES), help="of these")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=find_method,
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)}, or a sampler of your own as module:Class, which is made with a seed",
+    )
     parser.add_argument("--seeds", type=int, help=f"how many, instead of {dict(SEEDS)}")
     parser.add_argument("--trials", type=int, nargs="+", default=list(TRIALS), help="where hypervolumes are told")
+    parser.add_argument(
+        "--published", action="store_true", help="evaluations as published: nothing is trained, loaded or timed"
+    )
     parser.add_argument("--rung", choices=["quick", "fine_tuned"], default="quick", help="what plans are judged by")
     parser.add_argument(
         "--front", choices=list(FRONTS), default="estimated", help="how fronts are chosen on validation"
@@ -79,10 +91,9 @@ def hypervolumes(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """Each network's table."""
     figures, lines = {}, []
     trials, targets = sorted(arguments.trials), TARGETS if arguments.rung == "quick" else FINE_TUNED_TARGETS
-    # Only trained plans can spare a training.
-    methods = [name for name in arguments.methods if arguments.rung == "fine_tuned" or name != LADDER]
-    for name in arguments.networks:
-        evaluations = open_evaluations(open_subject(name, arguments.recorded), arguments.rung)
+    for name in arguments.networks or [n for n in STUDIES if not arguments.published or is_published(n)]:
+        evaluations = _opened(name, arguments)
+        methods = dict(arguments.methods or suiting(evaluations))
         traces = _traces(name, evaluations, methods, arguments.seeds or SEEDS[name], trials, arguments.front)
         figures[name] = _figures(evaluations, traces, trials, targets)
         lines += _lines(name, figures[name])
@@ -97,10 +108,16 @@ def hypervolumes(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     }, lines
 
 
+def _opened(name: str, arguments: argparse.Namespace) -> Evaluations:
+    if arguments.published:
+        return open_published(name)
+    return open_evaluations(open_subject(name, arguments.recorded), arguments.rung)
+
+
 def recovered(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """Each network's plans in bands of latency, fine-tuned."""
     figures, lines = {}, []
-    for name in arguments.networks:
+    for name in arguments.networks or STUDIES:
         evaluations = open_evaluations(open_subject(name, arguments.recorded))
         figures[name] = agreement(evaluations)
         lines += agreement_lines(name, figures[name])
@@ -109,6 +126,17 @@ def recovered(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
         "holds": True,
         "scope": f"{N_BANDS} bands of 5 % around predicted latencies, {N_PER_BAND} plans each; rank correlation with "
         "the fine-tuned drop inside bands; not judged",
+    }, lines
+
+
+def uniform_ranks(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
+    """PriceSampler's plan against equal shares, on ResNet-20."""
+    evaluations = open_evaluations(open_subject("ResNet-20", arguments.recorded))
+    found, lines = against_uniform(evaluations)
+    return {
+        **found,
+        "target": "PriceSampler's plan loses no more than uniform spatial ranks of the same latency",
+        "scope": f"ResNet-20, {CUT:.0%} of its multiply-adds cut, in float32, {EPOCHS:g} epochs each",
     }, lines
 
 
@@ -129,7 +157,9 @@ def quick(_arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     with scratch() as folder, mock.patch.dict(os.environ, {"RANKSEARCH_CACHE": str(folder / "cache")}):
         evaluations = open_evaluations(open_subject("digits", folder))
         traces = {
-            method: _traces("digits", evaluations, [method], QUICK_SEEDS, [n_trials], "estimated")[method]
+            method: _traces("digits", evaluations, {method: METHODS[method]}, QUICK_SEEDS, [n_trials], "estimated")[
+                method
+            ]
             for method, n_trials in asked.items()
         }
     found = {method: [volume_at(t, asked[method]) for t in traces[method]] for method in asked}
@@ -144,14 +174,19 @@ def quick(_arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
 
 
 def _traces(
-    name: str, evaluations: Evaluations, methods: Sequence[str], n_seeds: int, trials: Sequence[int], front: str
+    name: str,
+    evaluations: Evaluations,
+    methods: Mapping[str, Method],
+    n_seeds: int,
+    trials: Sequence[int],
+    front: str,
 ) -> dict[str, list[Trace]]:
     """By method one trace per seed; methods take turns, so that a run cut short has all of them for its seeds."""
     traces: dict[str, list[Trace]] = {method: [] for method in methods}
     for seed in range(n_seeds):
-        for method in methods:
+        for method, runner in methods.items():
             started, n_before = time.monotonic(), evaluations.n_new
-            traces[method].append(trace(METHODS[method], evaluations, seed, trials, front))
+            traces[method].append(trace(runner, evaluations, seed, trials, front))
             told = " ".join(f"{volume_at(traces[method][-1], n):.4f}" for n in trials)
             took = f"{evaluations.n_new - n_before} scored anew, {time.monotonic() - started:.0f} s"
             print(f"{name} seed {seed} {method:16} {told}   {took}", file=sys.stderr, flush=True)
@@ -224,7 +259,12 @@ def _soon(reached: Mapping[str, Any]) -> str:
     return f"{reached['median'] or 'never'} {seeds}{time_taken}"
 
 
-QUESTIONS: Mapping[str, Question] = {"hypervolume": hypervolumes, "recovered": recovered, "asking": asking}
+QUESTIONS: Mapping[str, Question] = {
+    "hypervolume": hypervolumes,
+    "recovered": recovered,
+    "uniform": uniform_ranks,
+    "asking": asking,
+}
 
 
 if __name__ == "__main__":

@@ -57,15 +57,15 @@ class Figures:
 
 
 class Recorded:
-    """Rows by plan and split, in memory and in a file of one JSON object a line, which only ever grows.
+    """Rows by plan and split, in memory and, where there is a path, in a file of a JSON object a line that only grows.
 
     A line that was torn when a process ended is not read; its plan is evaluated again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], Row] = {}
-        text = path.read_bytes() if path.is_file() else b""
+        text = path.read_bytes() if path is not None and path.is_file() else b""
         for line in text.split(b"\n"):
             row = _read(line)
             if row is not None:
@@ -83,6 +83,8 @@ class Recorded:
         self._append(json.dumps(row).encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
+        if self.path is None:
+            return
         # One write at the end of the file: several processes may fill it.
         with self.path.open("ab", buffering=0) as file:
             file.write(line)
@@ -138,7 +140,9 @@ class Evaluations:
     def seconds(self) -> list[float]:
         """How long each evaluation of the rung took, without test images."""
         split = "fine_tuned" if self.rung == "fine_tuned" else "validation"
-        return [row["seconds"]["all"] for (_, of), row in self.recorded.rows.items() if of == split]
+        return [
+            row["seconds"]["all"] for (_, of), row in self.recorded.rows.items() if of == split and "seconds" in row
+        ]
 
     def evaluation(self, indices: Indices) -> Evaluation:
         """The figures in the product's words, for samplers that read them from a study's trials."""
@@ -259,7 +263,7 @@ class Measurement:
 
 def mean_seconds(recorded: Recorded) -> dict[str, float]:
     """Where an evaluation's time goes before training, by step: means over those on record; the median of all."""
-    rows = [row["seconds"] for (_, split), row in recorded.rows.items() if split == "validation"]
+    rows = [row["seconds"] for (_, of), row in recorded.rows.items() if of == "validation" and "seconds" in row]
     steps = {step for row in rows for step in row}
     means = {step: float(np.mean([row.get(step, 0.0) for row in rows])) for step in sorted(steps)}
     return means | ({"median": float(np.median([row["all"] for row in rows]))} if rows else {})

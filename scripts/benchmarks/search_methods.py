@@ -1,6 +1,8 @@
 """The searches that are compared. Each gives the plans that it evaluates, in order, each once."""
 
+import importlib
 import warnings
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -309,3 +311,30 @@ METHODS: Mapping[str, Method] = {
     "no equal shares": Method(run=partial(sampled, _unseeded)),
     LADDER: Method(run=partial(sampled, partial(_price, {}, _as_it_is), ladder=True)),
 }
+
+
+def find_method(name: str) -> tuple[str, Method]:
+    """The method of that name, or an Optuna sampler that `module:Class` names.
+
+    Raises ArgumentTypeError for neither, so that a parser can tell.
+    """
+    if name in METHODS:
+        return name, METHODS[name]
+    if ":" not in name:
+        raise ArgumentTypeError(
+            f"method {name!r} is none of {', '.join(METHODS)}; a sampler of your own is module:Class"
+        )
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentTypeError(f"method {name!r} cannot be imported: {error}") from None
+    return name, Method(run=partial(sampled, lambda _evaluations, seed: found(seed=seed)))
+
+
+def suiting(evaluations: Evaluations) -> Mapping[str, Method]:
+    """The methods that these evaluations allow."""
+    apart = {LADDER} if evaluations.rung == "quick" else set()
+    if evaluations.subject is None:
+        apart |= {"no latency", *(rule for rule in PUBLISHED if rule in NEED_WEIGHT_ERRORS)}
+    return {name: method for name, method in METHODS.items() if name not in apart}

@@ -1,0 +1,91 @@
+"""Does the plan that PriceSampler finds beat uniform ranks of the same latency, after the same training?"""
+
+from dataclasses import replace
+from typing import Any
+
+from decompositions_networks import Subject as Network
+from decompositions_networks import cifar_resnet
+from recovery_plans import uniform
+from recovery_rows import Recipe, judge_of, line, train_plan
+from search_evaluations import Evaluations, Figures, Indices
+from search_methods import record, sampled, subject_of
+
+from ranksearch.candidates import LayerProfile, Profile
+from ranksearch.compression import rebuild
+from ranksearch.optimization import PriceSampler, ResolvedLimits, estimated_drops
+from ranksearch.pareto import REFERENCE_POINT
+from ranksearch.plan import Plan
+from ranksearch.spec import OBJECTIVES
+from ranksearch.workbench import Workbench
+
+CUT, N_TRIALS, EPOCHS = 0.67, 40, 10.0
+
+
+class InFloat(Evaluations):
+    """The evaluations of a network's plans in float32, their multiply-adds in the place of bytes."""
+
+    def __init__(self, everything: Evaluations) -> None:
+        self.everything = everything
+        layers = everything.profile.layers
+        self.kept = [[i for i, c in enumerate(layer.candidates) if c.choice.weight_bits == 32] for layer in layers]
+        super().__init__(self._counted(), everything.recorded, everything.measure, subject=everything.subject)
+
+    def figures(self, indices: Indices) -> Figures:
+        """What a search is told of the plan."""
+        found = self.everything.figures(tuple(of[i] for of, i in zip(self.kept, indices, strict=True)))
+        return replace(found, bytes_ratio=self.profile.predict(indices)[2])
+
+    def _counted(self) -> Profile:
+        profile, macs = self.everything.profile, subject_of(self.everything).macs
+
+        def counted(layer: LayerProfile, kept: list[int], of: tuple[float, ...]) -> LayerProfile:
+            found = (layer.candidates[i].model_copy(update={"n_bytes": round(of[i])}) for i in kept)
+            return layer.model_copy(update={"candidates": tuple(found)})
+
+        layers = tuple(counted(*parts) for parts in zip(profile.layers, self.kept, macs, strict=True))
+        dense = sum(of[layer.dense] for layer, of in zip(profile.layers, macs, strict=True))
+        return profile.model_copy(update={"layers": layers, "dense_bytes": round(dense)})
+
+
+def best_plan(evaluations: Evaluations, limits: ResolvedLimits, n_trials: int = N_TRIALS) -> Plan:
+    """Of PriceSampler's plans within the limits, by their predictions, that of the least estimated drop.
+
+    Raises LookupError where none is within them.
+    """
+    tried = list(sampled(lambda of, seed: PriceSampler(of.profile, limits, OBJECTIVES, seed), evaluations, 0, n_trials))
+    records = [record(evaluations, number, plan) for number, plan in enumerate(tried)]
+    drops = estimated_drops(evaluations.profile, records, REFERENCE_POINT[0])
+    within = [n for n, plan in enumerate(tried) if _is_within(evaluations.profile.predict(plan), limits)]
+    if not within:
+        raise LookupError(f"none of {len(tried)} plans is within {limits}")
+    return evaluations.profile.plan(tried[min(within, key=drops.__getitem__)])
+
+
+def against_uniform(evaluations: Evaluations) -> tuple[dict[str, Any], list[str]]:
+    """Both plans' rows, trained alike; and as lines."""
+    network, bench = cifar_resnet(20), subject_of(evaluations).bench
+    equal_shares = uniform(network, CUT)
+    limits = ResolvedLimits(max_latency_ratio=_latencies(bench, [equal_shares])[0], max_bytes_ratio=1 - CUT)
+    plans = {"uniform spatial ranks": equal_shares, "PriceSampler's": best_plan(InFloat(evaluations), limits)}
+    rows = [_trained(network, name, plan) for name, plan in plans.items()]
+    for row, latency in zip(rows, _latencies(bench, list(plans.values())), strict=True):
+        row["latency_ratio"] = latency
+    lines = [f"{line(row, ('test', 'all'))}   {row['latency_ratio']:.3f} of dense's latency" for row in rows]
+    return {"rows": rows, "holds": rows[1]["test"]["drop"] <= rows[0]["test"]["drop"]}, lines
+
+
+def _trained(network: Network, name: str, plan: Plan) -> dict[str, Any]:
+    return train_plan(network, judge_of(network), plan, Recipe(name=name, epochs=EPOCHS))
+
+
+def _latencies(bench: Workbench, plans: list[Plan]) -> list[float]:
+    """Of all side by side, over dense's."""
+    models = [rebuild(bench.model, plan, bench.weight_limit, bench.shared).eval() for plan in plans]
+    found = bench.compare_all([bench.prepare(model) for model in models], n_blocks=40, max_seconds=5.0)
+    return [latency.ratio for latency in found]
+
+
+def _is_within(predicted: tuple[float, float, float], limits: ResolvedLimits) -> bool:
+    _, latency, macs = predicted
+    assert limits.max_latency_ratio is not None and limits.max_bytes_ratio is not None, "both were set"
+    return latency <= limits.max_latency_ratio and macs <= limits.max_bytes_ratio
