@@ -37,12 +37,14 @@ def rooms() -> Iterator[dict[str, Any]]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
         import search
+        import search_ablations
         import search_asking
         import search_evaluations
         import search_figures
         import search_methods
         import search_published
         import search_recovered
+        import search_runs
         import search_subjects
         import search_uniform
 
@@ -53,6 +55,8 @@ def rooms() -> Iterator[dict[str, Any]]:
             "figures": search_figures,
             "methods": search_methods,
             "published": search_published,
+            "runs": search_runs,
+            "ablations": search_ablations,
             "recovered": search_recovered,
             "subjects": search_subjects,
             "uniform": search_uniform,
@@ -244,7 +248,7 @@ def test_without_latency_a_sampler_sees_multiply_adds_and_is_told_latency(
     rooms: dict[str, Any], tmp_path: Path
 ) -> None:
     evaluations, _ = opened(rooms, tmp_path, make_profile())
-    seen = rooms["methods"]._by_macs(evaluations)
+    seen = rooms["ablations"].by_macs(evaluations)
     dense = evaluations.dense
     assert seen.predict(dense)[1] == pytest.approx(1.0)
     row, layer = next((i, layer) for i, layer in enumerate(seen.layers) if len(layer.candidates) > 2)
@@ -310,7 +314,7 @@ def test_trials_carry_what_the_products_samplers_read(rooms: dict[str, Any], tmp
         return Reading(seed=seed)
 
     evaluations, _ = opened(rooms, tmp_path, make_profile(n_layers=3))
-    plans = list(rooms["methods"].sampled(make, evaluations, 0, 20))
+    plans = list(rooms["runs"].sampled(make, evaluations, 0, 20))
     records = read_records(seen[0])
     tried = [evaluations.profile.indices(record.plan) for record in records if record.duplicate_of is None]
     assert [indices for indices in tried if indices != evaluations.dense] == plans

@@ -29,9 +29,10 @@ from common import Answer, Question, ask, options, scratch
 from search_asking import MOST_MS, asking_ms
 from search_evaluations import Evaluations, mean_seconds, open_evaluations
 from search_figures import FRONTS, Target, Trace, pairs, quartiles, reach, share_of_time, trace, volume_at
-from search_methods import METHODS, Method, find_method, suiting
+from search_methods import METHODS, find_method, suiting
 from search_published import is_published, open_published
 from search_recovered import N_BANDS, N_PER_BAND, agreement, agreement_lines
+from search_runs import Method
 from search_subjects import STUDIES, open_subject
 from search_uniform import CUT, EPOCHS, against_uniform
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 from search_evaluations import Evaluations, Indices
-from search_methods import Method, record
+from search_runs import Method, record
 
 from ranksearch.optimization import TrialRecord, estimated_drops, front
 from ranksearch.pareto import REFERENCE_POINT, hypervolume

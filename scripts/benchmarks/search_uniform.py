@@ -8,7 +8,7 @@ from decompositions_networks import cifar_resnet
 from recovery_plans import uniform
 from recovery_rows import Recipe, judge_of, line, train_plan
 from search_evaluations import Evaluations, Figures, Indices
-from search_methods import record, sampled, subject_of
+from search_runs import record, sampled, subject_of
 
 from ranksearch.candidates import LayerProfile, Profile
 from ranksearch.compression import rebuild
