@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,20 @@ def test_front_in_every_format(reading: Any, searched: Searched, broken_script: 
     assert list(every[0]) == list(FRONT_COLUMNS) and len(every) > len(front)
     ended = reading("front", "--format", "parquet")
     assert len(pandas.read_parquet(tmp_path / ended.out.strip())) == len(front)
+
+
+def test_studies_are_listed_with_their_best_plan(commands: Commands, searched: Searched, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(searched.folder, folder)
+    listed = commands.run(folder, "studies")
+    assert listed.code == 0, listed.err
+    (line,) = [line for line in listed.out.splitlines() if line.startswith(" tiny")]
+    assert "openvino on cpu, batch 4" in line and "trial " in line
+    (folder / ".ranksearch" / "tiny" / "journal.log").unlink()
+    assert "has no journal.log" in " ".join(commands.run(folder, "studies").out.split())
+    assert "no study in" in commands.run(folder, "studies", "--home", "elsewhere").out
+    ended = commands.run(folder, "studies", "--storage", f"sqlite:///{folder / 'none' / 'there.db'}")
+    assert ended.code == 2 and "cannot open the Optuna storage" in ended.err
 
 
 def test_show(reading: Any, rows: list[dict[str, Any]], broken_script: Path) -> None:

@@ -202,6 +202,14 @@ def front_command(
     show_front(script, study, home=home, storage=storage, every=every, format=format)
 
 
+@app.command("studies")
+def studies_command(home: Home = DEFAULT_HOME, storage: Storage = None) -> None:
+    """The studies that there are, each with its best plan, also while they run."""
+    from ranksearch.cli.reading import list_studies
+
+    list_studies(home, storage)
+
+
 @app.command("show")
 def show_command(
     script: OptionalScript = None,

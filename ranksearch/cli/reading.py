@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import typer
 
 from ranksearch.cli.options import study_home
 from ranksearch.cli.terminal import print_front, print_table, say
-from ranksearch.errors import RankSearchError, StudyError
-from ranksearch.spec import Goals, load_study
+from ranksearch.errors import NoPlanError, RankSearchError, StudyError
+from ranksearch.home import StudyHome, read_json, studies_in
+from ranksearch.spec import Goals, Target, load_study
 
 EXIT_CHECK_FAILED = 1
+STUDY_COLUMNS = ("study", "trials", "front", "target", "last written", "best")
 
 Row = dict[str, Any]
 
@@ -28,6 +31,47 @@ def show_front(
     result = read_result(place, storage)
     rows = [*result.rows, *result.full] if every else [row for row in result.rows if row["pareto"]]
     print_rows(sorted(rows, key=lambda row: row["latency_ratio"]), format, place.name, every)
+
+
+def list_studies(home: Path, storage: str | None) -> None:
+    """The studies of a home, with those of a storage that have no folder there."""
+    from ranksearch.optimization import study_names
+
+    places = {place.name: place for place in studies_in(home)}
+    names = [*places] if storage is None else study_names(storage)
+    if not names:
+        say(f"There is no study in {storage or home}; begin one with `ranksearch run STUDY.py`.")
+        return
+    print_table(STUDY_COLUMNS, [_study_cells(name, places.get(name), storage) for name in names])
+
+
+def _study_cells(name: str, place: StudyHome | None, storage: str | None) -> tuple[str, ...]:
+    """A study in one line; what cannot be read says why."""
+    from ranksearch.results import choose
+    from ranksearch.search_result import read_result
+
+    if place is None:
+        return (name, "", "", "", "", "its folder is elsewhere: give its --home")
+    try:
+        result, target = read_result(place, storage), Target(**read_json(place.study)["target"])
+    except RankSearchError as error:
+        return (name, "", "", "", "", str(error))
+    n_trials = sum(not str(row["origin"]).startswith("control") for row in result.rows)
+    written = datetime.fromtimestamp(max(path.stat().st_mtime for path in place.directory.iterdir()))
+    try:
+        best, _ = choose(result.rows)
+        told = f"trial {best['trial']}, {best['summary']}"
+    except NoPlanError:
+        told = "no plan meets the goals yet"
+    where = f"{target.runtime} on {target.device}, batch {target.batch_size}"
+    return (
+        name,
+        str(n_trials),
+        str(sum(row["pareto"] for row in result.rows)),
+        where,
+        f"{written:%Y-%m-%d %H:%M}",
+        told,
+    )
 
 
 def check_format(format: str) -> None:

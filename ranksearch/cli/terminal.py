@@ -214,10 +214,10 @@ _FIGURES: dict[str, Callable[[Row], str]] = {
     "smaller": lambda row: f"{1 / row['bytes_ratio']:.2f}x",
 }
 # Columns of long cells, which wrap where the terminal is narrow, so that figures are never cut.
-_WRAPPED_COLUMNS = ("plan", "why", "mildest that is faster", "smallest", "breaks even at")
+_WRAPPED_COLUMNS = ("plan", "why", "mildest that is faster", "smallest", "breaks even at", "best")
 _TEXT_COLUMNS = (
     *_WRAPPED_COLUMNS, "goals", "without a search", "layer", "choice",
-    "machine", "runtime", "version", "device", "mode", "precisions",
+    "machine", "runtime", "version", "device", "mode", "precisions", "study", "target", "last written",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, find_sam
 from ranksearch.optimization.space import suggest_plan
 from ranksearch.optimization.stopping import Agreement, agreements, beaten_by
 from ranksearch.optimization.storage import coordinator_lock
-from ranksearch.optimization.study import check_identity, open_study, read_study
+from ranksearch.optimization.study import check_identity, open_study, read_study, study_names
 from ranksearch.optimization.table import decode
 from ranksearch.optimization.trials import Callbacks
 from ranksearch.optimization.weight_errors import measure_weights
@@ -50,6 +50,7 @@ __all__ = [
     "price_sweep",
     "read_study",
     "read_records",
+    "study_names",
     "suggest_plan",
     "trained_evaluations",
     "uniform",

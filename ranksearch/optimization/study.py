@@ -57,6 +57,12 @@ def open_study(
         yield _create(opened, _next_name(name, versions), objectives, identity, limits, predecessor=latest)
 
 
+def study_names(storage: str | Path | BaseStorage) -> list[str]:
+    """The names of the studies that a storage holds, in order. Raises StudyError where it cannot be opened."""
+    opened = reading_storage(storage)
+    return sorted({known.split(SUCCESSOR)[0] for known in optuna.get_all_study_names(opened)})
+
+
 def read_study(storage: str | Path | BaseStorage, name: str) -> Study:
     """The latest Optuna study of that name, for reading only, also while it runs.
 
@@ -65,8 +71,7 @@ def read_study(storage: str | Path | BaseStorage, name: str) -> Study:
     opened = reading_storage(storage)
     ready = [version for version in _versions(opened, name) if READY in _load(opened, version).user_attrs]
     if not ready:
-        names = sorted({known.split(SUCCESSOR)[0] for known in optuna.get_all_study_names(opened)})
-        raise StudyError(f"there is no study {name!r} in this storage; it holds {names}")
+        raise StudyError(f"there is no study {name!r} in this storage; it holds {study_names(opened)}")
     return _load(opened, ready[-1])
 
 
