@@ -50,6 +50,23 @@ def copied(searched: Searched, tmp_path: Path) -> Path:
     return folder
 
 
+def test_what_was_found_as_json_and_nothing_else(searched: Searched, commands: Commands, tmp_path: Path) -> None:
+    folder = copied(searched, tmp_path)
+    ended = commands.run(folder, "run", "study.py", "--trials", TRIALS, "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    rows = read_rows(commands, folder)
+    assert found["front"] == sorted((r for r in rows if r["pareto"]), key=lambda row: row["latency_ratio"])
+    assert set(found["recommended"]) == {"fastest", "smallest", "most-accurate", "knee"} and found["nearest"] == {}
+    assert "calibration" in ended.err
+    quiet = commands.run(folder, "run", "study.py", "--trials", TRIALS, "--quiet")
+    assert quiet.code == 0 and quiet.err == ""
+    assert quiet.out.startswith("tiny: the front") and "calibration" not in quiet.out
+    # Where no plan meets the goals that is told too, by the exit code and the nearest.
+    ended = commands.run(folder, "run", "study.py", "--trials", TRIALS, "--json", "--max-latency", "0.001x")
+    assert ended.code == 3 and json.loads(ended.out)["recommended"] == {} != json.loads(ended.out)["nearest"]
+
+
 @pytest.mark.parametrize("moment", list(MOMENTS))
 def test_a_run_ends_as_its_signal_says(searched: Searched, moment: str) -> None:
     ended = searched.ended[moment]

@@ -110,6 +110,8 @@ def run_command(
     name: Annotated[str | None, typer.Option(help="The study's name, instead of the script's.")] = None,
     new: Annotated[bool, typer.Option("--new", help="Start over; the old study is kept.")] = False,
     grace: Annotated[str, typer.Option(help="How long a stopped run may take to end its trial.")] = "30s",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only what was found, no progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="What was found as JSON; all else on stderr.")] = False,
 ) -> None:
     """Search; an existing study goes on where it stopped."""
     from ranksearch.cli.searching import run_study
@@ -122,6 +124,8 @@ def run_command(
         more_trials=more_trials,
         time_limit_s=None if time is None else duration_s(time, "--time"),
         grace_s=duration_s(grace, "--grace"),
+        quiet=quiet,
+        as_json=as_json,
         sampler=sampler,
         storage=storage,
         tracking_uri=tracking_uri,

@@ -1,6 +1,7 @@
 """Commands that run a study: demo, check, profile, run, evaluate."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,7 +12,17 @@ import typer
 from ranksearch.cli.options import changed_target, typed
 from ranksearch.cli.reading import check_format, export_choice, print_rows, verify_export
 from ranksearch.cli.stopping import StopSignals
-from ranksearch.cli.terminal import Terminal, duration, err, print_controls, print_front, print_gaps, print_table, say
+from ranksearch.cli.terminal import (
+    Terminal,
+    duration,
+    err,
+    out,
+    print_controls,
+    print_front,
+    print_gaps,
+    print_table,
+    say,
+)
 from ranksearch.errors import StudyError
 from ranksearch.home import StudyHome
 from ranksearch.spec import StudySpec, load_study
@@ -164,13 +175,13 @@ def evaluate_plan(script: Path, plan_file: Path) -> None:
 
 def _search(
     study: StudySpec, script: Path, *, grace_s: float, home: Path, storage: str | None, tracking_uri: str | None,
-    **options: Any,
+    quiet: bool = False, as_json: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Runs a study in the terminal, then prints what it found and how to export it."""
-    from ranksearch.results import nearest
     from ranksearch.run import search
 
-    with StopSignals(grace_s) as stop, Terminal(options.get("time_limit_s")) as terminal:
+    terminal = Terminal(options.get("time_limit_s"), quiet=quiet, lines=err if as_json else out)
+    with StopSignals(grace_s) as stop, terminal:
         try:
             result = search(
                 study,
@@ -185,19 +196,51 @@ def _search(
             )
         except KeyboardInterrupt:
             result = None
-    if result is not None:
+    if result is not None and as_json:
+        typer.echo(json.dumps(_as_json(result), indent=1))
+    elif result is not None:
         _print_result(result, typed(home=home, storage=storage))
     if result is None or result.stopped_early:
         err.print("stopped; run the same command again to go on")
         raise typer.Exit(EXIT_STOPPED)
+    if not as_json:
+        _print_what_next(result, typed(study=result.home.name, home=home, tracking_uri=tracking_uri))
+    if not _compresses(result):
+        raise typer.Exit(EXIT_NO_PLAN)
+
+
+def _print_what_next(result: "SearchResult", options: str) -> None:
+    from ranksearch.results import nearest
+
     say("")
     say("Look at it in MLflow:")
-    say(f"  ranksearch ui{typed(study=result.home.name, home=home, tracking_uri=tracking_uri)}")
-    if not any(row["feasible"] and row["pareto"] and row["origin"] != "control: dense" for row in result.rows):
+    say(f"  ranksearch ui{options}")
+    if not _compresses(result):
         say("No compressed plan meets the goals; dense stays the best choice.")
         for kept, row in nearest(result.rows, result.limits).items():
             say(f"  nearest that keeps {kept + ':':18} trial {row['trial']}, {row['summary']}")
-        raise typer.Exit(EXIT_NO_PLAN)
+
+
+def _compresses(result: "SearchResult") -> bool:
+    """Whether a compressed plan of the front meets the goals."""
+    return any(row["feasible"] and row["pareto"] and row["origin"] != "control: dense" for row in result.rows)
+
+
+def _as_json(result: "SearchResult") -> dict[str, Any]:
+    """The front, the controls, and the trials to choose from, for programs."""
+    from ranksearch.results import is_compressed, nearest, recommended
+
+    front = sorted((row for row in result.rows if row["pareto"]), key=lambda row: row["latency_ratio"])
+    feasible = [row for row in front if row["feasible"] and is_compressed(row)]
+    return {
+        "study": result.home.name,
+        "home": str(result.home.directory),
+        "stopped_early": result.stopped_early,
+        "front": front,
+        "controls": result.controls,
+        "recommended": {label: row["trial"] for label, row in recommended(feasible).items()} if feasible else {},
+        "nearest": {} if feasible else {kept: r["trial"] for kept, r in nearest(result.rows, result.limits).items()},
+    }
 
 
 def _print_result(result: "SearchResult", options: str) -> None:

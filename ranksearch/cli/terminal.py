@@ -45,12 +45,13 @@ err = _console(stderr=True)
 
 @final
 class Terminal:
-    """A progress bar where there is a terminal, else one line per trial."""
+    """A progress bar where there is a terminal, else one line per trial: on `lines`, or nowhere where it is `quiet`."""
 
-    def __init__(self, time_limit_s: float | None) -> None:
+    def __init__(self, time_limit_s: float | None, *, quiet: bool = False, lines: Console = out) -> None:
         self._total: int | None = None
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
-        self._interactive = sys.stderr.isatty()
+        self._interactive = sys.stderr.isatty() and not quiet
+        self._quiet, self._lines = quiet, lines
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -79,12 +80,12 @@ class Terminal:
     def stage(self, text: str) -> None:
         """Shows what is being done; a warning stays."""
         if text.startswith("warning:"):
-            self._say(text)
+            (err if self._quiet else self._lines).print(text)
             return
         self._stage, self._told_at = text, time.monotonic()
         self._progress.update(self._task, description=text)
         if not self._interactive:
-            say(text)
+            self._say(text)
 
     def study_opened(
         self, bench: "Workbench", home: "StudyHome", history: "Sequence[TrialRecord]", total: int | None
@@ -127,7 +128,8 @@ class Terminal:
 
     def _say(self, text: str) -> None:
         """Above the progress bar; without a terminal on standard output, which leaves the other to errors."""
-        (err if self._interactive else out).print(text)
+        if not self._quiet:
+            (err if self._interactive else self._lines).print(text)
 
     def _status(self) -> str:
         best = "" if self._best is None else f"best feasible {_faster_by(self._best)}, {_smaller_by(self._best)}; "
