@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from ranksearch.cli import app
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # The others have tests of their own, beside what is checked of all.
-SELF_CONTAINED = ("your_model", "reading_the_front", "goals")
+SELF_CONTAINED = ("cookbook", "goals", "reading_the_front", "your_model")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -28,7 +29,7 @@ def blocks(page: Path, *languages: str) -> list[str]:
 def commands_of(page: Path) -> list[list[str]]:
     lines = (line for block in blocks(page, "sh", "ranksearch") for line in block.splitlines())
     words = (shlex.split(line, comments=True) for line in lines)
-    return [rest for first, *rest in filter(None, words) if first == "ranksearch"]
+    return [list(takewhile(lambda w: w != ">", rest)) for first, *rest in filter(None, words) if first == "ranksearch"]
 
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / f"{name}.md" for name in SELF_CONTAINED], ids=named)

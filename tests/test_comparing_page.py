@@ -1,4 +1,4 @@
-"""The block of docs/search.md runs on a small study, and its table names the rules that there are."""
+"""The block of docs/comparing_methods.md runs on a small study, and its table names the rules that there are."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from tiny_study import make_spec, split, trained
 from ranksearch.optimization import SAMPLERS
 from ranksearch.optimization.rule_sampler import ORDERS
 
-PAGE = Path(__file__).parents[1] / "docs" / "search.md"
+PAGE = Path(__file__).parents[1] / "docs" / "comparing_methods.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
@@ -30,3 +30,4 @@ def test_it_names_every_sampler() -> None:
     table = set(re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE))
     assert table == set(ORDERS)
     assert all(f"`{name}`" in TEXT for name in set(SAMPLERS) - {"price"}) and "PriceSampler" in TEXT
+    assert "PriceSampler" in (PAGE.parent / "search.md").read_text(encoding="utf-8")
