@@ -134,12 +134,19 @@ def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path
 
 
 def export_bundle(
-    bundle: Path, destination: Path, measured: Mapping[str, Any], report: str, provenance: Provenance, force: bool
+    bundle: Path,
+    destination: Path,
+    measured: Mapping[str, Any],
+    report: str,
+    provenance: Provenance,
+    force: bool,
+    add: Callable[[Path], None] = lambda _folder: None,
 ) -> None:
     """Copies a finished plan's folder to `destination` with its figures, its report and an example of loading it.
 
-    Raises StudyError where `destination` is not empty and `force` is not given, or it holds something else than an
-    earlier export, which is never deleted; and where the bundle is gone.
+    `add` may put more files beside them; where it fails nothing is written. Raises StudyError where `destination` is
+    not empty and `force` is not given, or it holds something else than an earlier export, which is never deleted; and
+    where the bundle is gone.
     """
     if not (bundle / PLAN).is_file():
         raise StudyError(f"the weights of this plan are gone ({bundle}); choose another trial, or run it again")
@@ -155,6 +162,7 @@ def export_bundle(
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         (folder / REPORT).write_text(report, encoding="utf-8")
         (folder / "load_example.py").write_text(_LOAD_EXAMPLE, encoding="utf-8")
+        add(folder)
         runtime = {**read_json(folder / RUNTIME), "measured": dict(measured)}
         runtime["sha256"] = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RUNTIME}
         runtime["checksum"] = content_hash(runtime)

@@ -1,6 +1,6 @@
 """What a study found: its front, its best plan, and the export of one; read without running any user code."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,12 +132,13 @@ def export_plan(
     run_id: str | None,
     force: bool,
     storage: str | None,
+    add: Callable[[Path], None] = lambda _folder: None,
 ) -> tuple[Row, str]:
     """Writes the chosen trial's export folder; gives its row, and a sentence on why and how sure it is.
 
     Without `trial` or `run_id` the plan with the least `minimize` is chosen that meets `goals`, or the study's own
-    where none is given. One that was trained in full is exported so. Raises StudyError where there is no such plan, or
-    its weights are gone.
+    where none is given. One that was trained in full is exported so. `add` may put more files into the folder. Raises
+    StudyError where there is no such plan, or its weights are gone.
     """
     result = read_result(home, storage)
     if goals.limits():
@@ -153,7 +154,8 @@ def export_plan(
     record = read_json(home.study)
     provenance = Provenance(study=record["name"], trial=row["trial"], seed=record.get("seed"))
     measured = {name: row[name] for name in FRONT_COLUMNS} | {"dense_latency_ms": record["dense_latency_ms"]}
-    export_bundle(bundle, destination, measured, _report(result, row, plan, bundle, record), provenance, force)
+    report = _report(result, row, plan, bundle, record)
+    export_bundle(bundle, destination, measured, report, provenance, force, add)
     return row, note + _test_note(result, row)
 
 

@@ -163,6 +163,19 @@ def test_export_and_verify(
         path.write_bytes(content)
 
 
+def test_export_in_formats_of_others(commands: Commands, searched: Searched, reading: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(searched.folder, folder)
+    ended = commands.run(folder, "export", "study.py", "-o", "best", "--onnx", "--openvino", "--pt2")
+    assert ended.code == 0, ended.err
+    written = {path.name for path in (folder / "best").iterdir()}
+    assert {"portable.onnx", "portable.xml", "portable.bin", "portable.pt2"} < written
+    assert ended.out.count("gives torch's outputs") == 3
+    assert commands.run(folder, "verify", "best").code == 0
+    ended = reading("export", "--study", "tiny", "-o", tmp_path / "named", "--onnx")
+    assert ended.code == 2 and "--onnx rebuilds your model" in ended.err and not (tmp_path / "named").exists()
+
+
 def test_ui_serves_until_it_is_ended(searched: Searched, tmp_path: Path, commands: Commands) -> None:
     words = ("ui", "--study", "tiny", "--home", searched.home, "--tracking-uri", searched.tracking_uri, "--port", "0")
     running = commands.start(tmp_path, *words)

@@ -209,9 +209,9 @@ def front_command(
 @app.command("studies")
 def studies_command(home: Home = DEFAULT_HOME, storage: Storage = None) -> None:
     """The studies that there are, each with its best plan, also while they run."""
-    from ranksearch.cli.reading import list_studies
+    from ranksearch.cli.reading import show_overview
 
-    list_studies(home, storage)
+    show_overview(home, storage)
 
 
 @app.command("show")
@@ -242,6 +242,10 @@ def export_command(
     trial: Annotated[int | None, typer.Option("--trial", help="This trial.")] = None,
     run_id: Annotated[str | None, typer.Option("--run-id", help="The trial of this MLflow run.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder where it exists.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also portable.onnx; needs STUDY.py.")] = False,
+    openvino: Annotated[bool, typer.Option("--openvino", help="Also portable.xml; needs STUDY.py.")] = False,
+    pt2: Annotated[bool, typer.Option("--pt2", help="Also portable.pt2; needs STUDY.py.")] = False,
+    static: Annotated[bool, typer.Option("--static", help="These for the batch of the example alone.")] = False,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
@@ -260,6 +264,8 @@ def export_command(
         force=force,
         home=home,
         storage=storage,
+        formats=[name for name, wanted in (("onnx", onnx), ("openvino", openvino), ("pt2", pt2)) if wanted],
+        dynamic=not static,
     )
 
 

@@ -33,7 +33,7 @@ def show_front(
     print_rows(sorted(rows, key=lambda row: row["latency_ratio"]), format, place.name, every)
 
 
-def list_studies(home: Path, storage: str | None) -> None:
+def show_overview(home: Path, storage: str | None) -> None:
     """The studies of a home, with those of a storage that have no folder there."""
     from ranksearch.optimization import study_names
 
@@ -164,9 +164,20 @@ def export_choice(
     force: bool,
     home: Path,
     storage: str | None,
+    formats: Sequence[str] = (),
+    dynamic: bool = True,
 ) -> None:
-    """Chooses a plan and writes it."""
+    """Chooses a plan and writes it, and in other formats too."""
     from ranksearch.search_result import export_plan
+
+    if formats and script is None:
+        raise StudyError(
+            f"--{formats[0]} rebuilds your model, which the study's script makes: ranksearch export STUDY.py"
+        )
+
+    def add(folder: Path) -> None:
+        if script is not None and formats:
+            _write_portable(script, folder, formats, dynamic)
 
     row, note = export_plan(
         study_home(script, name, home),
@@ -177,9 +188,21 @@ def export_choice(
         run_id=run_id,
         force=force,
         storage=storage,
+        add=add,
     )
     say(f"exported trial {row['trial']} to {output}: {row['summary']}")
     say(note)
+
+
+def _write_portable(script: Path, folder: Path, formats: Sequence[str], dynamic: bool) -> None:
+    """Writes an export's model in other formats beside its own."""
+    from ranksearch.export import load, read_example
+    from ranksearch.portable import write_portable
+
+    model = load(folder, load_study(script).model())
+    inputs, _ = read_example(folder)
+    for path in write_portable(model, inputs, folder, formats, dynamic=dynamic):
+        say(f"wrote {path.name}, which gives torch's outputs on the example")
 
 
 def verify_export(directory: Path, script: Path | None) -> None:

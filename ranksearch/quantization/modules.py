@@ -31,6 +31,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.observe: Callable[[Tensor], None] | None = None
+        # Step and zero point as numbers, for torch.export, which has no rule for torch's own rounding.
+        self.fixed: tuple[float, int] | None = None
         self.output_of: str | None = None
         self.readers: tuple[str, ...] = ()
         self.set_range(*PLACEHOLDER_RANGE)
@@ -54,7 +56,15 @@ class ActivationQuantizer(nn.Module):
         if self.observe is not None:
             self.observe(values)
             return values
+        if self.fixed is not None:
+            step, zero_point = self.fixed
+            codes = torch.clamp(torch.round(values / step) + zero_point, 0, ACTIVATION_LEVELS)
+            return (codes - zero_point) * step
         return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, 0, ACTIVATION_LEVELS)
+
+    def fix(self) -> None:
+        """Rounds from now on by plain arithmetic, with the numbers that its step and zero point are now."""
+        self.fixed = float(self.scale), int(self.zero_point)
 
 
 class _Rounded(nn.Module):

@@ -50,15 +50,17 @@ class _Flat(nn.Module):
         return tuple(leaves_of(values))
 
 
-def to_onnx(model: nn.Module, example: Any, *, on_integers: bool) -> Any:
+def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, dynamic: bool = False) -> Any:
     """The model in eval mode as an onnx.ModelProto of static shape, quantized weights stored as int8.
+
+    With `dynamic` the first axis of inputs and outputs, `batch`, is of any length.
 
     `on_integers` spells quantized layers out in what ONNX Runtime multiplies integers by on a CPU; else they stay as
     pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes. Raises MeasurementError, which names the
     operator and the layer, where ONNX lacks an operator, and where inputs or outputs are nested.
     """
     flat, leaves, stored = _flattened(model, example)
-    converted = _exported(flat, leaves)
+    converted = _exported(flat, leaves, dynamic)
     graph = Graph(converted)
     write_layers_of_outputs(converted, _name_layers(graph, flat))
     calls = [(node, layer_of(node.name)) for node in graph.nodes(*MULTIPLYING)]
@@ -86,10 +88,15 @@ def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...
     return _Flat(frozen, structure_of(example)).eval(), leaves, stored
 
 
-def _exported(flat: _Flat, leaves: tuple[Tensor, ...]) -> Any:
+def _exported(flat: _Flat, leaves: tuple[Tensor, ...], dynamic: bool) -> Any:
     import onnx
 
     written = io.BytesIO()
+    with torch.no_grad():
+        n_axes = {name: leaf.dim() for name, leaf in zip(flat.input_names, leaves, strict=True)}
+        if dynamic:
+            outputs = flat(*leaves)
+            n_axes |= {name: leaf.dim() for name, leaf in zip(flat.output_names, outputs, strict=True)}
     try:
         # The newer exporter takes ten times as long.
         with _exporting(), torch.no_grad():
@@ -101,6 +108,7 @@ def _exported(flat: _Flat, leaves: tuple[Tensor, ...]) -> Any:
                 opset_version=OPSET,
                 input_names=flat.input_names,
                 output_names=flat.output_names,
+                dynamic_axes={name: {0: "batch"} for name, n in n_axes.items() if n} if dynamic else None,
                 # As it stands: folding here would lose the names of the weights, and ONNX Runtime folds anyway.
                 training=torch.onnx.TrainingMode.PRESERVE,
                 do_constant_folding=False,

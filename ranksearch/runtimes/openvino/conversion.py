@@ -26,12 +26,14 @@ MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
 NOTE = "ranksearch_layer"
 
 
-def to_openvino(model: nn.Module, example: Any) -> Any:
+def to_openvino(model: nn.Module, example: Any, *, dynamic: bool = False) -> Any:
     """The model in eval mode as an openvino.Model of static shape, quantized weights stored as int8.
+
+    With `dynamic` the first axis of inputs is of any length.
 
     Raises MeasurementError where inputs or outputs are nested, and, naming them, for operators without a rule.
     """
-    converted = _convert(model, example)
+    converted = _convert(model, example, dynamic)
     from openvino._offline_transformations import compress_quantize_weights_transformation
 
     compress_quantize_weights_transformation(converted)
@@ -55,7 +57,7 @@ def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], exampl
     return quantized
 
 
-def _convert(model: nn.Module, example: Any) -> Any:
+def _convert(model: nn.Module, example: Any, dynamic: bool = False) -> Any:
     load_openvino()
     from openvino._offline_transformations import apply_moc_transformations
 
@@ -75,7 +77,8 @@ def _convert(model: nn.Module, example: Any) -> Any:
 
     converted = _from_trace(_trace(flat, leaves))
     _note_layers(converted, frozen)
-    converted.reshape({i: list(leaf.shape) for i, leaf in enumerate(leaves)})
+    shapes = [[-1, *leaf.shape[1:]] if dynamic and leaf.dim() else list(leaf.shape) for leaf in leaves]
+    converted.reshape(dict(enumerate(shapes)))
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
     apply_moc_transformations(converted, cf=True, smart_reshape=False)
     noted = _noted(converted)

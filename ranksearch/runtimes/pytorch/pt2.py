@@ -1,5 +1,6 @@
 """Torch programs on disk, by torch.export, and the names of the layers in them."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
-from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
+from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear, activation_quantizers
 from ranksearch.runtimes.pytorch.integers import IntegerProduct
 from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, as_computed, in_precision
+from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import leaves_of, structure_of
 from ranksearch.spec import Target
 
@@ -33,6 +35,35 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
     try:
         with torch.no_grad():
             program = torch.export.export(module, placed, named, strict=False)
+    except Exception as error:
+        raise MeasurementError(
+            f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    torch.export.save(program, path)
+
+
+def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynamic: bool) -> None:
+    """Exports a copy of the model in float32, its quantizers as torch imitates them, so that any torch runs it.
+
+    With `dynamic` the first axis of inputs is of any length from 1 up. Raises MeasurementError where torch.export
+    cannot.
+    """
+    module, inputs = fix_weights(copy.deepcopy(model).cpu().eval()), structure_of(example)
+    for quantizer in activation_quantizers(module).values():
+        quantizer.fix()
+    leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
+    if dynamic and len(leaves[0]) == 1:
+        # An axis of one row counts as fixed.
+        leaves = tuple(torch.cat([leaf, leaf]) for leaf in leaves)
+    named = dict(zip(inputs.names, leaves, strict=True)) if inputs.kind == "mapping" else None
+    batch = torch.export.Dim("batch", min=1)
+    axes = [{0: batch} if leaf.dim() else None for leaf in leaves]
+    shapes: Any = dict(zip(inputs.names, axes, strict=True)) if named else tuple(axes)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module, () if named else leaves, named, dynamic_shapes=shapes if dynamic else None, strict=False
+            )
     except Exception as error:
         raise MeasurementError(
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"

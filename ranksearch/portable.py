@@ -1,0 +1,161 @@
+"""Compressed models in files for other programs: ONNX, OpenVINO IR and pt2, each checked as it is written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ranksearch.errors import MeasurementError
+from ranksearch.layers import call_model, evaluating
+from ranksearch.runtimes.base import require
+from ranksearch.runtimes.structure import leaves_of, structure_of
+from ranksearch.trees import count_rows, pick_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Integers round differently from their imitation in torch.
+TOLERANCE = 0.05
+
+Arrays = Sequence[NDArray[Any]]
+# (model, example, folder, dynamic) -> the file.
+Write = Callable[["nn.Module", Any, Path, bool], Path]
+# (file) -> what runs it on its inputs in their order.
+Open = Callable[[Path], Callable[[Arrays], Arrays]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """How a file is written and run; `needs` are the modules that takes, `extra` the part that installs them."""
+
+    needs: tuple[str, ...]
+    extra: str | None
+    write: Write
+    open: Open
+
+
+def write_portable(
+    model: "nn.Module", example: Any, folder: Path, formats: Sequence[str], *, dynamic: bool = True
+) -> list[Path]:
+    """Writes the model in each of the `formats`, `portable.*` in the folder, and compares it with torch's outputs.
+
+    The batch is whatever comes where it is `dynamic`, else that of the example. Inputs and outputs bear the names of a
+    mapping's keys, else `input_0`, `output_0` and so on. Raises MeasurementError where a format cannot hold the model
+    or what is read gives other outputs; RuntimeUnavailableError where what writes or reads it is not installed.
+    """
+    return [_write_checked(model, example, folder, name, dynamic) for name in formats]
+
+
+def _write_checked(model: "nn.Module", example: Any, folder: Path, name: str, dynamic: bool) -> Path:
+    found = FORMATS[name]
+    for module in found.needs:
+        require(module, f"an export to {name}", found.extra)
+    path = found.write(model, example, folder, dynamic)
+    run = found.open(path)
+    n_rows = count_rows(example)
+    # A batch that was baked in is found out by another one.
+    for rows in dict.fromkeys([n_rows, max(1, n_rows // 2)] if dynamic else [n_rows]):
+        _check(model, pick_rows(example, slice(rows)), run, f"{path.name}, batch {rows}")
+    return path
+
+
+def _check(model: "nn.Module", inputs: Any, run: Callable[[Arrays], Arrays], where: str) -> None:
+    try:
+        with evaluating(model):
+            wanted = [value.numpy() for value in leaves_of(call_model(model, inputs))]
+        given = run([torch.as_tensor(leaf).numpy() for leaf in leaves_of(inputs)])
+    except Exception as error:  # each runtime has its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise MeasurementError(f"{where} does not run: {reason}; export with a static batch instead") from error
+    for own, other in zip(given, wanted, strict=True):
+        distance = _distance(own, other)
+        if not distance <= TOLERANCE:
+            raise MeasurementError(f"{where} gives other outputs than torch: relative difference {distance:.1e}")
+
+
+def _distance(own: NDArray[Any], other: NDArray[Any]) -> float:
+    if own.shape != other.shape or not np.isfinite(own).all():
+        return float("inf")
+    scale = float(np.sqrt(np.mean(np.square(other, dtype=np.float64)))) or 1.0
+    return float(np.sqrt(np.mean(np.square(own - other, dtype=np.float64)))) / scale
+
+
+def leaf_names(values: Any, side: str) -> list[str]:
+    """A mapping's keys, else `side_0`, `side_1` and so on."""
+    structure = structure_of(values)
+    return list(structure.names) if structure.kind == "mapping" else [f"{side}_{name}" for name in structure.names]
+
+
+def _write_onnx(model: "nn.Module", example: Any, folder: Path, dynamic: bool) -> Path:
+    from ranksearch.runtimes.onnx.conversion import to_onnx
+
+    path = folder / "portable.onnx"
+    path.write_bytes(to_onnx(model, example, on_integers=False, dynamic=dynamic).SerializeToString())
+    return path
+
+
+def _open_onnx(path: Path) -> Callable[[Arrays], Arrays]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+def _write_openvino(model: "nn.Module", example: Any, folder: Path, dynamic: bool) -> Path:
+    from ranksearch.runtimes.openvino.conversion import to_openvino
+    from ranksearch.runtimes.openvino.runtime import load_openvino
+
+    converted = to_openvino(model, example, dynamic=dynamic)
+    with evaluating(model):
+        outputs = call_model(model, example)
+    for ports, names in (
+        (converted.inputs, leaf_names(example, "input")),
+        (converted.outputs, leaf_names(outputs, "output")),
+    ):
+        for port, name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({name})
+    path = folder / "portable.xml"
+    load_openvino().save_model(converted, path, compress_to_fp16=False)
+    return path
+
+
+def _open_openvino(path: Path) -> Callable[[Arrays], Arrays]:
+    from ranksearch.runtimes.openvino.runtime import core
+
+    compiled = core().compile_model(core().read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda arrays: [compiled(list(arrays))[port] for port in compiled.outputs]
+
+
+def _write_pt2(model: "nn.Module", example: Any, folder: Path, dynamic: bool) -> Path:
+    from ranksearch.runtimes.pytorch.pt2 import write_portable_program
+
+    path = folder / "portable.pt2"
+    write_portable_program(model, example, path, dynamic=dynamic)
+    return path
+
+
+def _open_pt2(path: Path) -> Callable[[Arrays], Arrays]:
+    program = torch.export.load(path)
+    module, (_, named) = program.module(), program.example_inputs or ((), {})
+
+    def run(arrays: Arrays) -> Arrays:
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        with torch.no_grad():
+            values = module(**dict(zip(named, tensors, strict=True))) if named else module(*tensors)
+        return [value.numpy() for value in leaves_of(values)]
+
+    return run
+
+
+FORMATS: Mapping[str, Format] = {
+    "onnx": Format(needs=("onnx", "onnxruntime"), extra="onnxruntime", write=_write_onnx, open=_open_onnx),
+    "openvino": Format(needs=("openvino",), extra=None, write=_write_openvino, open=_open_openvino),
+    "pt2": Format(needs=("torch",), extra=None, write=_write_pt2, open=_open_pt2),
+}
