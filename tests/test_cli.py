@@ -166,6 +166,7 @@ def test_export_and_verify(
 def test_export_in_formats_of_others(commands: Commands, searched: Searched, reading: Any, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(searched.folder, folder)
+    write_study(folder)
     ended = commands.run(folder, "export", "study.py", "-o", "best", "--onnx", "--openvino", "--pt2")
     assert ended.code == 0, ended.err
     written = {path.name for path in (folder / "best").iterdir()}
