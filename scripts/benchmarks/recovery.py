@@ -40,6 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--cuts", type=float, nargs="+", help="of the judged cuts, these")
     parser.add_argument("--epochs", type=float, default=OURS.epochs, help="fewer fall short of the question")
+    parser.add_argument("--learning-rate", type=float, default=OURS.learning_rate, help="the largest of the cycle")
     parser.add_argument("--recipes", nargs="+", choices=[r.name for r in CONTROLS], help="of the controls, these")
     arguments = parser.parse_args()
     ask(arguments, {"quick": quick} if arguments.quick else QUESTIONS)
@@ -47,7 +48,7 @@ def main() -> None:
 
 def bars(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """Our recipe at each cut."""
-    recipe, rows = replace(OURS, epochs=arguments.epochs), []
+    recipe, rows = replace(OURS, epochs=arguments.epochs, learning_rate=arguments.learning_rate), []
     for (depth, cut), most in MOST.items():
         if depth in arguments.depths and cut in (arguments.cuts or [cut]):
             subject = cifar_resnet(depth)
@@ -56,7 +57,8 @@ def bars(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
         "rows": rows,
         "target": {f"ResNet-{depth} {cut:.0%}": most for (depth, cut), most in MOST.items()},
         "holds": bool(rows) and all(row["test"]["drop"] <= row["most"] for row in rows),
-        "scope": f"{recipe.epochs:g} epochs, one cycle; drop in points, paired 95 %, on 5,000 test images and on all",
+        "scope": f"{recipe.epochs:g} epochs, one cycle to {recipe.learning_rate:g}; drop in points, paired 95 %, on "
+        "5,000 test images and on all",
     }, [f"{line(row, ('test', 'all'))} (at most {row['most']})" for row in rows]
 
 
@@ -65,12 +67,12 @@ def controls(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     subject = cifar_resnet(20)
     judge, epochs = judge_of(subject), min(arguments.epochs, CONTROLS[0].epochs)
     rows = [
-        train(subject, judge, 0.67, replace(recipe, epochs=epochs))
+        train(subject, judge, 0.67, replace(recipe, epochs=epochs, learning_rate=arguments.learning_rate))
         for recipe in CONTROLS
         if recipe.name in (arguments.recipes or [recipe.name])
     ]
     if not arguments.recipes:
-        rows.append(train_dense(subject, judge, epochs, CONTROLS[0].learning_rate))
+        rows.append(train_dense(subject, judge, epochs, arguments.learning_rate))
     return {
         "rows": rows,
         "holds": True,

@@ -37,7 +37,7 @@ class Recipe:
     name: str
     epochs: float
     rule: str = "uniform"
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     distillation: float = 0.5
     product_decay: bool = True
     balanced: bool = True
