@@ -28,7 +28,7 @@ FLOORS: dict[str, float] = {
     "search_result": 8.5, "session": 8.5,
     "listener": 8.75,
     "full_training": 9, "other_target": 9, "run": 9,
-    "doctor": 9.5, "trial_cost": 9.5,
+    "doctor": 9.5, "scaffold": 9.5, "trial_cost": 9.5,
     "adapters": 10, "cli": 10, "testing": 10,
 }  # fmt: skip
 

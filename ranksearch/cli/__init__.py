@@ -77,6 +77,17 @@ def demo_command(
     run_demo(embedded_study(), trials=trials, output=output, home=home, tracking_uri=tracking_uri)
 
 
+@app.command("new")
+def new_command(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="blank, torchvision:MODEL, timm:MODEL or hf:MODEL.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="STUDY.py", help="Where to write.")] = None,
+) -> None:
+    """Write a study script to begin with."""
+    from ranksearch.cli.upkeep import begin_script
+
+    begin_script(what, output)
+
+
 @app.command("check")
 def check_command(script: Script) -> None:
     """One batch through every stage: dense score, latency, noise floor, skipped layers, seconds per trial."""

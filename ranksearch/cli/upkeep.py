@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from ranksearch.doctor import RuntimeReport
 
 
+def begin_script(what: str, output: Path | None) -> None:
+    """Writes a study script and says what to do with it."""
+    from ranksearch.scaffold import SCAFFOLDS, write_script
+
+    path = write_script(what, output)
+    say(f"wrote {path}; read it, then: ranksearch check {path}")
+    if not SCAFFOLDS[what.partition(":")[0]].tested:
+        say("Its library was not at hand where ranksearch is tested, so try it before you trust it.")
+
+
 def serve_ui(script: Path | None, name: str | None, *, home: Path, tracking_uri: str | None, port: int) -> None:
     """Serves MLflow until interrupted; a server that is running already is only pointed at."""
     from ranksearch.tracking import find_study, page_url, resolve_tracking_uri, serve
