@@ -90,13 +90,20 @@ def measure_controls(
             row: Row = {**dict.fromkeys(FRONT_COLUMNS), "origin": f"control: {name}", "pareto": False}
             try:
                 row |= {**measure(), "summary": name}
-            except (RankSearchError, RuntimeError, ValueError) as error:
-                # A record that fails costs its row, not the study; foreign errors run over many lines.
-                row["summary"] = f"{name}: unavailable: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            except Exception as error:
+                # A record that fails costs its row, not the study, whatever a foreign quantizer raises.
+                row["summary"] = f"{name}: unavailable: {_reason(error)}"
             rows.append(row)
         kept = {"controls": rows}
         write_json(home.controls, kept)
     return list(kept["controls"])
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of foreign errors, which run over many and may say a key alone, with their type."""
+    if isinstance(error, RankSearchError):
+        return str(error)
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
 
 
 def _records(bench: Workbench, dense_latency_ms: float, max_seconds: float) -> Iterator[tuple[str, Callable[[], Row]]]:

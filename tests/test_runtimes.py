@@ -262,6 +262,27 @@ def test_own_int8_runs_int8_kernels(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == ""
 
 
+class Positioned(nn.Module):
+    """As transformers' BERT has it: the kinds of tokens, unless given, are gathered from a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.kinds, self.layer = nn.Embedding(20, 16), nn.Embedding(2, 16), nn.Linear(16, 16)
+        self.register_buffer("order", torch.arange(12)[None])
+        self.register_buffer("first", torch.zeros(1, 12, dtype=torch.long))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        first, order = (buffer.expand(len(tokens), -1) for buffer in (self.first, self.order))
+        return self.layer(self.tokens(tokens) + self.kinds(torch.gather(first, 1, order)))
+
+
+def test_own_int8_takes_embeddings_of_constants() -> None:
+    model, example = Positioned().eval(), torch.randint(0, 20, (4, 12))
+    session = OPENVINO.quantize_own(model, [example], example, TARGET)
+    wanted = model(example).detach().numpy()
+    assert np.abs(session.run(example.numpy()) - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("name", sorted(RUNTIMES))
 def test_sessions_with_other_threads_do_not_disturb_each_other(name: str) -> None:
     runtime, example = RUNTIMES[name], torch.randn(4, 8)

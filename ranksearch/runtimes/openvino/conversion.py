@@ -33,7 +33,7 @@ def to_openvino(model: nn.Module, example: Any, *, dynamic: bool = False) -> Any
 
     Raises MeasurementError where inputs or outputs are nested, and, naming them, for operators without a rule.
     """
-    converted = _convert(model, example, dynamic)
+    converted = _convert(model, example, dynamic=dynamic)
     from openvino._offline_transformations import compress_quantize_weights_transformation
 
     compress_quantize_weights_transformation(converted)
@@ -42,7 +42,8 @@ def to_openvino(model: nn.Module, example: Any, *, dynamic: bool = False) -> Any
 
 def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], example: Any) -> Any:
     """The model as NNCF quantizes it from up to 300 calibration examples, as an openvino.Model."""
-    converted = _convert(model, example)
+    # NNCF stumbles over embeddings of constants that were folded.
+    converted = _convert(model, example, folds_constants=False)
     nncf = load_nncf()
     inputs = structure_of(example)
     n_rows = len(leaves_of(example)[0])
@@ -57,7 +58,7 @@ def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], exampl
     return quantized
 
 
-def _convert(model: nn.Module, example: Any, dynamic: bool = False) -> Any:
+def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_constants: bool = True) -> Any:
     load_openvino()
     from openvino._offline_transformations import apply_moc_transformations
 
@@ -80,7 +81,7 @@ def _convert(model: nn.Module, example: Any, dynamic: bool = False) -> Any:
     shapes = [[-1, *leaf.shape[1:]] if dynamic and leaf.dim() else list(leaf.shape) for leaf in leaves]
     converted.reshape(dict(enumerate(shapes)))
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
-    apply_moc_transformations(converted, cf=True, smart_reshape=False)
+    apply_moc_transformations(converted, cf=folds_constants, smart_reshape=False)
     noted = _noted(converted)
     for layer, module in stored.items():
         keep_bits([op for op, name in noted if name == layer], module)
