@@ -268,12 +268,13 @@ class Positioned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.kinds, self.layer = nn.Embedding(20, 16), nn.Embedding(2, 16), nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
         self.register_buffer("order", torch.arange(12)[None])
         self.register_buffer("first", torch.zeros(1, 12, dtype=torch.long))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         first, order = (buffer.expand(len(tokens), -1) for buffer in (self.first, self.order))
-        return self.layer(self.tokens(tokens) + self.kinds(torch.gather(first, 1, order)))
+        return self.layer(self.norm(self.tokens(tokens) + self.kinds(torch.gather(first, 1, order))))
 
 
 def test_own_int8_takes_embeddings_of_constants() -> None:
