@@ -273,7 +273,7 @@ class Positioned(nn.Module):
         self.register_buffer("first", torch.zeros(1, 12, dtype=torch.long))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        first, order = (buffer.expand(len(tokens), -1) for buffer in (self.first, self.order))
+        first, order = (buffer.expand(tokens.shape[0], -1) for buffer in (self.first, self.order))
         return self.layer(self.norm(self.tokens(tokens) + self.kinds(torch.gather(first, 1, order))))
 
 
