@@ -81,6 +81,8 @@ def remeasure_plans(
         for name, session, latency in zip(names, sessions, latencies, strict=True):
             known[name] = latency | judge.accuracies(session)
             write_json(home.remeasured, known)
+        # Before the next are opened.
+        sessions.clear()
     return known
 
 
