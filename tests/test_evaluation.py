@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -173,13 +174,14 @@ def test_a_plan_that_does_not_fit_is_refused(make: MakeEvaluator) -> None:
         make().evaluate(Plan(layers={"conv1": INT8}))
 
 
-def test_a_finished_plan_is_measured_on_the_runtime_once(mixed: tuple[Evaluation, Path], bench: Workbench) -> None:
+def test_a_finished_plan_is_measured_on_the_runtime_once(
+    mixed: tuple[Evaluation, Path], bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluation, place = mixed
     home = StudyHome(place.parents[1])
-    told: list[str] = []
     hashes = [evaluation.plan.hash(), "whose-weights-are-gone"]
-    figures = remeasure_plans(bench, home, hashes, 2.0, told.append, max_seconds=0.1)
-    assert told == [evaluation.plan.hash()] == list(figures)
+    figures = remeasure_plans(bench, home, hashes, 2.0, max_seconds=0.1)
+    assert list(figures) == [evaluation.plan.hash()]
     measured = figures[evaluation.plan.hash()]
     assert measured["runtime_accuracy"] == pytest.approx(evaluation.accuracy, abs=0.02)
     assert measured["latency_ms"] == pytest.approx(2.0 * (measured["latency_ratio"] or 0))
@@ -187,7 +189,29 @@ def test_a_finished_plan_is_measured_on_the_runtime_once(mixed: tuple[Evaluation
     row = {name: value for name, value in evaluation if name in FRONT_COLUMNS}
     assert not has_gap(row, measured)
     assert read_json(home.remeasured) == figures
-    assert remeasure_plans(bench, home, hashes, 2.0, told.append) == figures and len(told) == 1
+    monkeypatch.setattr(type(bench), "open", lambda *_: pytest.fail("opened again"))
+    assert remeasure_plans(bench, home, hashes, 2.0) == figures
+
+
+def test_plans_are_timed_beside_each_other_some_at_a_time(
+    mixed: tuple[Evaluation, Path], bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, place = mixed
+    home, together = StudyHome(tmp_path), []  # type: ignore[var-annotated]
+    names = [f"plan-{i}" for i in range(5)]
+    for name in names:
+        shutil.copytree(place, home.plan(name))
+
+    def latencies(_judge: Any, sessions: list[Any], _dense_latency_ms: float) -> list[dict[str, float]]:
+        together.append(len(sessions))
+        return [{"latency_ms": float(len(together))} for _ in sessions]
+
+    monkeypatch.setattr("ranksearch.remeasure.N_TOGETHER", 2)
+    monkeypatch.setattr("ranksearch.remeasure.Judge.latencies", latencies)
+    monkeypatch.setattr("ranksearch.remeasure.Judge.accuracies", lambda *_: {"runtime_accuracy": 0.5})
+    figures = remeasure_plans(bench, home, names, 2.0)
+    assert together == [2, 2, 1]
+    assert [figures[name]["latency_ms"] for name in names] == [1.0, 1.0, 2.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime", "torch"])
