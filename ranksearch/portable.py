@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model, evaluating
 from ranksearch.runtimes.base import require
-from ranksearch.runtimes.structure import leaves_of, structure_of
+from ranksearch.runtimes.structure import leaves_of, port_names, structure_of
 from ranksearch.trees import count_rows, pick_rows
 
 if TYPE_CHECKING:
@@ -72,22 +72,20 @@ def _check(model: "nn.Module", inputs: Any, run: Callable[[Arrays], Arrays], whe
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise MeasurementError(f"{where} does not run: {reason}; export with a static batch instead") from error
     for own, other in zip(given, wanted, strict=True):
-        distance = _distance(own, other)
+        distance = relative_distance(own, other)
         if not distance <= TOLERANCE:
             raise MeasurementError(f"{where} gives other outputs than torch: relative difference {distance:.1e}")
 
 
-def _distance(own: NDArray[Any], other: NDArray[Any]) -> float:
-    if own.shape != other.shape or not np.isfinite(own).all():
+def relative_distance(actual: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """The root mean square difference over what is wanted's root mean square.
+
+    Infinite where the shape is another, or a number is not finite.
+    """
+    if actual.shape != wanted.shape or not np.isfinite(actual).all():
         return float("inf")
-    scale = float(np.sqrt(np.mean(np.square(other, dtype=np.float64)))) or 1.0
-    return float(np.sqrt(np.mean(np.square(own - other, dtype=np.float64)))) / scale
-
-
-def leaf_names(values: Any, side: str) -> list[str]:
-    """A mapping's keys, else `side_0`, `side_1` and so on."""
-    structure = structure_of(values)
-    return list(structure.names) if structure.kind == "mapping" else [f"{side}_{name}" for name in structure.names]
+    scale = float(np.sqrt(np.mean(np.square(wanted, dtype=np.float64)))) or 1.0
+    return float(np.sqrt(np.mean(np.square(actual - wanted, dtype=np.float64)))) / scale
 
 
 def _write_onnx(model: "nn.Module", example: Any, folder: Path, dynamic: bool) -> Path:
@@ -115,9 +113,10 @@ def _write_openvino(model: "nn.Module", example: Any, folder: Path, dynamic: boo
     converted = to_openvino(model, example, dynamic=dynamic)
     with evaluating(model):
         outputs = call_model(model, example)
+    taken = port_names(structure_of(example), "input")
     for ports, names in (
-        (converted.inputs, leaf_names(example, "input")),
-        (converted.outputs, leaf_names(outputs, "output")),
+        (converted.inputs, taken),
+        (converted.outputs, port_names(structure_of(outputs), "output", taken)),
     ):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})

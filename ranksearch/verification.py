@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ranksearch.cache import content_hash
 from ranksearch.device import timed_cores
@@ -25,6 +24,7 @@ from ranksearch.export import (
 from ranksearch.home import read_json
 from ranksearch.layers import call_model, evaluating
 from ranksearch.plan import Plan
+from ranksearch.portable import relative_distance
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge
 from ranksearch.runtimes import differing_keys, get_runtime
 from ranksearch.spec import Target
@@ -192,11 +192,4 @@ def _relative_distance(outputs: Any, expected: Mapping[str, Any]) -> float:
     found = {name: np.asarray(value, dtype=np.float64) for name, value in named_values(outputs).items()}
     if found.keys() != expected.keys():
         return float("inf")
-    return max(_distance(found[name], np.asarray(value, dtype=np.float64)) for name, value in expected.items())
-
-
-def _distance(actual: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
-    if actual.shape != wanted.shape or not np.isfinite(actual).all():
-        return float("inf")
-    scale = float(np.sqrt(np.mean(wanted**2))) or 1.0
-    return float(np.sqrt(np.mean((actual - wanted) ** 2))) / scale
+    return max(relative_distance(found[name], np.asarray(value, dtype=np.float64)) for name, value in expected.items())

@@ -80,7 +80,9 @@ class Terminal:
     def stage(self, text: str) -> None:
         """Shows what is being done; a warning stays."""
         if text.startswith("warning:"):
-            (err if self._quiet else self._lines).print(text)
+            if self._quiet:
+                err.print(text)
+            self._say(text)
             return
         self._stage, self._told_at = text, time.monotonic()
         self._progress.update(self._task, description=text)

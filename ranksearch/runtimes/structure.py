@@ -40,6 +40,13 @@ def structure_of(values: Any) -> Structure:
     return structure
 
 
+def port_names(structure: Structure, side: str, taken: Sequence[str] = ()) -> list[str]:
+    """Names of a file's inputs or outputs: a mapping's keys, but none that is taken; else `side_0`, `side_1` ..."""
+    if structure.kind != "mapping":
+        return [f"{side}_{name}" for name in structure.names]
+    return [f"{side}_{name}" if name in taken else name for name in structure.names]
+
+
 def leaves_of(values: Any) -> list[Any]:
     """The leaves in order."""
     if isinstance(values, Mapping):

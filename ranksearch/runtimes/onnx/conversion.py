@@ -4,7 +4,7 @@ import copy
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any, cast
@@ -22,7 +22,7 @@ from ranksearch.runtimes.onnx.quantizers import fold_batch_norms, round_after_mo
 from ranksearch.runtimes.onnx.session import LAYER_PREFIX, layer_of, write_layers_of_outputs, write_structure
 from ranksearch.runtimes.onnx.weights import keep_bits
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
-from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
+from ranksearch.runtimes.structure import Structure, leaves_of, port_names, structure_of
 
 OPSET = 17
 MULTIPLYING = ("Conv", "Gemm", "MatMul")
@@ -39,14 +39,14 @@ class _Flat(nn.Module):
         self.model = model
         self.inputs = inputs
         self.outputs: Structure | None = None
-        self.input_names = _unlike(inputs, "input", ())
+        self.input_names = port_names(inputs, "input")
         # The exporter, which holds this list, reads it after it has called the model.
         self.output_names: list[str] = []
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         values = call_model(self.model, self.inputs.arrange(leaves))
         self.outputs = structure_of(values)
-        self.output_names[:] = _unlike(self.outputs, "output", self.input_names)
+        self.output_names[:] = port_names(self.outputs, "output", self.input_names)
         return tuple(leaves_of(values))
 
 
@@ -159,13 +159,6 @@ def _failed_layer(error: BaseException) -> str:
         if steps:
             return f" (layer {'.'.join(steps[1:])!r})" if len(steps) > 1 else ""
     return ""
-
-
-def _unlike(structure: Structure, side: str, taken: Sequence[str]) -> list[str]:
-    """Names of inputs or outputs: a mapping's keys, but none that is taken."""
-    if structure.kind != "mapping":
-        return [f"{side}_{name}" for name in structure.names]
-    return [f"{side}_{name}" if name in taken else name for name in structure.names]
 
 
 def _name_layers(graph: Graph, flat: _Flat) -> dict[str, str]:
