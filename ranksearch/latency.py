@@ -1,6 +1,7 @@
 """Latency as a ratio to a reference, measured side by side, with an interval that a busy machine does not narrow."""
 
 import gc
+import itertools
 import math
 import os
 import random
@@ -148,21 +149,30 @@ def timed_call(session: AbstractSession, inputs: Any, target: Target) -> Call:
 @final
 @dataclass(frozen=True, slots=True)
 class OneThread:
-    """A call that computes on one thread, timed by the CPU time that this process takes meanwhile.
+    """A call that computes on one thread, each timed by the wall or by this process's CPU time, whichever is less.
 
-    The device is one core, and CPU time is its clock: it stands still while another process has the core. Where none
-    takes it, the call's time is its CPU time. Google Benchmark counts CPU time by default for the same reason (its
-    user guide, "CPU Timers").
+    The device is one core. CPU time stands still while another process has it (Google Benchmark counts CPU time by
+    default for that reason; its user guide, "CPU Timers"), but counts what other threads of this process do
+    meanwhile. One thread cannot take longer than either says.
     """
 
     call: Call
+    wall: Clock = time.perf_counter
+    cpu: Clock = time.process_time
 
     def __call__(self) -> None:
         self.call()
 
     def device_seconds(self, n_calls: int) -> list[float]:
-        """The CPU seconds of each of so many calls in a row."""
-        return _seconds_of_calls(self.call, n_calls, time.process_time)
+        """The seconds of each of so many calls in a row."""
+        ticks = [(self.wall(), self.cpu())]
+        for _ in range(n_calls):
+            self.call()
+            ticks.append((self.wall(), self.cpu()))
+        return [
+            min(wall - wall_before, cpu - cpu_before)
+            for (wall_before, cpu_before), (wall, cpu) in itertools.pairwise(ticks)
+        ]
 
 
 class _Timed:
@@ -228,7 +238,7 @@ def _seconds_of_calls(call: Call, n_calls: int, clock: Clock) -> list[float]:
     for _ in range(n_calls):
         call()
         ticks.append(clock())
-    return [after - before for before, after in zip(ticks, ticks[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(ticks)]
 
 
 def _is_enough(ratios: Sequence[list[float]], n_blocks: int, narrow: float, seconds: float, max_seconds: float) -> bool:

@@ -124,7 +124,7 @@ study = rs.StudySpec(
     data=load_data,
     loss=F.cross_entropy,
     score=rs.top1,
-    target=rs.Target(runtime="openvino", device="cpu", batch_size=32, threads=2, precision="f32"),
+    target=rs.Target(runtime="openvino", device="cpu", batch_size=32, threads=1, precision="f32"),
     goals=rs.Goals(max_drop="1%"),
     recovery=rs.Recovery(steps=40, learning_rate=0.02),
     objectives=("drop", "latency", "bytes"),

@@ -183,6 +183,13 @@ def test_on_one_thread_waiting_for_the_core_takes_no_time() -> None:
     assert ratio(work_and_wait, work) > 1.5
 
 
+def test_on_one_thread_a_call_takes_the_less_of_wall_and_cpu_time() -> None:
+    ticks = iter([(0.0, 0.0), (1.0, 2.0), (4.0, 3.0), (4.5, 3.5)])
+    wall, cpu = itertools.tee(ticks)
+    call = OneThread(lambda: None, wall=lambda: next(wall)[0], cpu=lambda: next(cpu)[1])
+    assert call.device_seconds(3) == [1.0, 1.0, 0.5], "beside a thread that spins, waiting for the core, and alone"
+
+
 def test_only_one_thread_of_the_hosts_cpu_is_timed_by_its_cpu_time() -> None:
     model, example = nn.Linear(4, 2), torch.zeros(1, 4)
     for n_threads, kind in ((1, True), (2, False)):
