@@ -2,11 +2,10 @@
 
 import copy
 import hashlib
-import importlib.metadata
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ranksearch.plan import Plan, Provenance, Quantizer
 from ranksearch.quantization import activation_quantizers, freeze
 from ranksearch.spec import Batches
 from ranksearch.trees import tensors
+from ranksearch.versions import package_versions
 from ranksearch.weights import load_stored, stored_state
 from ranksearch.workbench import Workbench, to_arrays
 
@@ -35,7 +35,6 @@ PLAN, WEIGHTS, RUNTIME, EXAMPLE, REPORT = (
     "example.safetensors",
     "report.md",
 )
-_PACKAGES = ("ranksearch", "torch", "openvino", "optuna", "numpy")
 
 
 def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Batches | None = None) -> Plan:
@@ -61,7 +60,7 @@ def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Ba
         update={
             "quantizers": _quantizers(model),
             "provenance": provenance.model_copy(
-                update={"versions": _versions(), "sha256": file_sha256(folder / WEIGHTS)}
+                update={"versions": package_versions(), "sha256": file_sha256(folder / WEIGHTS)}
             ),
         }
     )
@@ -207,14 +206,6 @@ def _quantizers(model: nn.Module) -> tuple[Quantizer, ...]:
         Quantizer(where=name, output_of=found.output_of, readers=found.readers, low=found.range[0], high=found.range[1])
         for name, found in activation_quantizers(model).items()
     )
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def file_sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ranksearch.pareto import non_dominated
+from ranksearch.pareto import REFERENCE_POINT, non_dominated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,6 +59,31 @@ MARKERS = {
 DROP_LABEL = "drop, dense minus plan (score units)"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPanel:
+    """One row of bars along the depth, dense's behind where there are any."""
+
+    column: str
+    label: str
+    dense: str | None = None
+    scale: float = 1.0
+    logarithmic: bool = False
+
+
+LAYER_PANELS = (
+    LayerPanel(column="ms", label="ms", dense="dense_ms"),
+    LayerPanel(column="bytes", label="kB", dense="dense_bytes", scale=1e-3),
+    LayerPanel(column="predicted_loss", label="predicted loss", logarithmic=True),
+)
+# One colour for each decomposition, the same in every picture.
+DECOMPOSITION_COLOURS = {
+    "none": "#8a97a5", "svd": "#1f6fd1", "spatial_svd": "#e3720b", "tucker2": "#2c9f5f", "cp": "#b8336a",
+    "tensor_train": "#7a4fbf", "depthwise_separable": "#c9a227", "blueprint_separable": "#5f7d2e",
+    "grouped_svd": "#1aa3a8", "harmonic": "#8c5a3c",
+}  # fmt: skip
+OWN_COLOUR = "#333333"
+
+
 def number(row: Row, column: str) -> float | None:
     """A row's number in `column`; None where it is missing, not a number, or not finite."""
     value = row.get(column)
@@ -89,10 +114,11 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def pareto_figure(rows: Sequence[Row], title: str = "Pareto front") -> "Figure":
-    """Drop against latency and against size, coloured by size; lower left is better.
+    """Drop against latency and against size, both in powers, coloured by size; lower left is better.
 
     Dense and the controls have their own markers, whiskers are the intervals at 95 %, hovering tells the summary.
-    Rows without a drop (stopped before their accuracy was measured) are counted in the title.
+    Rows without a drop (stopped before their accuracy was measured), and ruined ones that the picture begins below,
+    are counted in the title.
     """
     from plotly.subplots import make_subplots
 
@@ -104,8 +130,10 @@ def pareto_figure(rows: Sequence[Row], title: str = "Pareto front") -> "Figure":
             chosen = [row for row in shown if kind(row) == name]
             if chosen:
                 figure.add_trace(_points_trace(chosen, name, panel, legend=column == 1), row=1, col=column)
-        figure.update_xaxes(title_text=panel.label, row=1, col=column)
+        figure.update_xaxes(title_text=panel.label, type="log", dtick="D2", row=1, col=column)
     figure.update_yaxes(title_text=DROP_LABEL, row=1, col=1)
+    if (drops := _shown_drops(shown)) is not None:
+        figure.update_yaxes(range=drops)
     figure.update_layout(
         title={"text": _title(title, rows, shown)},
         template="plotly_white",
@@ -114,16 +142,6 @@ def pareto_figure(rows: Sequence[Row], title: str = "Pareto front") -> "Figure":
         margin={"l": 70, "r": 30, "t": 70, "b": 80},
     )
     return figure
-
-
-def pareto_html(rows: Sequence[Row], title: str = "Pareto front") -> str:
-    """The interactive picture as one page that asks for nothing outside itself (about 5 MB)."""
-    # plotly shows a button that uploads the chart; a study's figures are nobody else's.
-    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
-    figure = pareto_figure(rows, title)
-    # A height of its own: inside MLflow's frame there is none to take a share of.
-    page = figure.to_html(include_plotlyjs=True, full_html=True, config=config, default_height="680px")
-    return str(page)
 
 
 def pareto_png(rows: Sequence[Row], title: str = "Pareto front") -> bytes:
@@ -138,6 +156,8 @@ def pareto_png(rows: Sequence[Row], title: str = "Pareto front") -> bytes:
     for panel, axis in zip(PANELS, axes, strict=True):
         _draw_panel(axis, shown, panel)
     axes[0].set_ylabel(DROP_LABEL)
+    if (drops := _shown_drops(shown)) is not None:
+        axes[0].set_ylim(*drops)
     if shown:
         axes[0].legend(loc="upper right", fontsize=9)
     figure.suptitle(_title(title, rows, shown).replace("<br>", "\n"))
@@ -148,25 +168,64 @@ def pareto_png(rows: Sequence[Row], title: str = "Pareto front") -> bytes:
 
 
 def layers_figure(layers: Sequence[Row], title: str = "Layers") -> "Figure":
-    """A plan along the depth: for each layer the share of its bytes (and latency, where known) that is left.
+    """A plan along the depth: for each layer its time and bytes beside dense's, and its predicted loss.
 
-    `layers` have `layer`, `choice` (the label), `bytes_ratio` and perhaps `latency_ratio`, first layer first.
+    `layers` are rows with `layer`, `choice` (the label), `decomposition` and, where known, `dense_ms`, `ms`,
+    `dense_bytes`, `bytes` and `predicted_loss`, first layer first. What no row knows is left out.
     """
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
-    names = [str(layer["layer"]) for layer in layers]
-    labels = [str(layer.get("choice", "")) for layer in layers]
-    figure = go.Figure()
-    for column, label in (("bytes_ratio", "bytes"), ("latency_ratio", "latency")):
-        shares = [number(layer, column) for layer in layers]
-        if any(share is not None for share in shares):
-            hover = "%{x}<br>%{customdata}<br>" + label + " %{y:.2f} of dense<extra></extra>"
-            figure.add_trace(go.Bar(x=names, y=shares, name=label, customdata=labels, hovertemplate=hover))
-    figure.add_hline(y=1.0, line={"dash": "dot", "color": "grey"})
+    # By their places, since two layers may be shown by one shortened name.
+    places = list(range(len(layers)))
+    panels = [panel for panel in LAYER_PANELS if any(number(layer, panel.column) is not None for layer in layers)]
+    figure = make_subplots(rows=max(len(panels), 1), cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    for row, panel in enumerate(panels, start=1):
+        if panel.dense is not None:
+            dense = _values(layers, panel.dense, panel.scale)
+            style = {"color": "#d7dee6"}
+            bars = go.Bar(
+                x=places, y=dense, width=0.8, name="dense", marker=style, hoverinfo="skip", showlegend=row == 1
+            )
+            figure.add_trace(bars, row=row, col=1)
+        for name in dict.fromkeys(str(layer.get("decomposition", "none")) for layer in layers):
+            chosen = [i for i in places if str(layers[i].get("decomposition", "none")) == name]
+            figure.add_trace(_layer_bars(layers, chosen, name, panel, legend=row == 1), row=row, col=1)
+        figure.update_yaxes(title_text=panel.label, row=row, col=1, type="log" if panel.logarithmic else "linear")
+    names = [
+        f"{layer['layer']}<br>{layer.get('choice', '')}" if len(layers) <= 24 else layer["layer"] for layer in layers
+    ]
+    figure.update_xaxes(tickmode="array", tickvals=places, ticktext=names, row=max(len(panels), 1), col=1)
     figure.update_layout(
-        title={"text": title}, template="plotly_white", barmode="group", yaxis={"title": {"text": "plan over dense"}}
+        title={"text": title},
+        template="plotly_white",
+        barmode="overlay",
+        height=240 * max(len(panels), 1) + 200,
+        legend={"orientation": "h", "y": 1.04},
+        margin={"l": 70, "r": 30, "t": 90, "b": 120},
     )
     return figure
+
+
+def _layer_bars(layers: Sequence[Row], places: Sequence[int], name: str, panel: LayerPanel, legend: bool) -> Any:
+    """The bars of the layers of one decomposition."""
+    import plotly.graph_objects as go
+
+    rows = [layers[i] for i in places]
+    return go.Bar(
+        x=list(places),
+        y=_values(rows, panel.column, panel.scale),
+        # Else a lone bar fills the gap to the next of its kind.
+        width=0.8,
+        name=name,
+        legendgroup=name,
+        showlegend=legend,
+        marker={"color": DECOMPOSITION_COLOURS.get(name, OWN_COLOUR)},
+        customdata=[[str(row["layer"]), str(row.get("choice", "")), str(row.get("why", ""))] for row in rows],
+        hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}<br>"
+        + panel.label
+        + " %{y:.3g}<extra></extra>",
+    )
 
 
 def _title(title: str, rows: Sequence[Row], shown: Sequence[Row]) -> str:
@@ -174,7 +233,20 @@ def _title(title: str, rows: Sequence[Row], shown: Sequence[Row]) -> str:
     n_front = sum(bool(row.get("pareto")) for row in shown)
     n_hidden = len(rows) - len(shown)
     hidden = f"; {n_hidden} stopped before their accuracy was measured" if n_hidden else ""
-    return f"{title}<br>{len(shown)} plans, {n_front} on the front{hidden}. Lower left is better."
+    drops = _shown_drops(shown)
+    n_above = 0 if drops is None else sum((number(row, "accuracy_drop") or 0.0) > drops[1] for row in shown)
+    above = f"; {n_above} lose more than is shown" if n_above else ""
+    return f"{title}<br>{len(shown)} plans, {n_front} on the front{hidden}{above}. Lower left is better."
+
+
+def _shown_drops(rows: Sequence[Row]) -> list[float] | None:
+    """The drops from which to which the picture goes, so that ruined plans do not flatten it; None: it shows all."""
+    drops = _values(rows, "accuracy_drop")
+    within = [drop for drop in drops if drop <= REFERENCE_POINT[0]]
+    if not within or len(within) == len(drops):
+        return None
+    margin = 0.1 * max(max(within) - min(within), 0.01)
+    return [min(within) - margin, max(within) + margin]
 
 
 def _values(rows: Sequence[Row], column: str, scale: float = 1.0) -> list[float]:
@@ -284,4 +356,5 @@ def _draw_panel(axis: "Axes", rows: Sequence[Row], panel: Panel) -> None:
             marker=marker.mpl, s=marker.size**2, alpha=marker.opacity, edgecolors="black", label=marker.label, zorder=2,
         )  # fmt: skip
     axis.set_xlabel(panel.label)
+    axis.set_xscale("log")
     axis.grid(alpha=0.3)

@@ -60,12 +60,14 @@ def finish(
         result = read_result(place, storage)
         row = judged(row | {"trial": trial, "origin": f"full training of trial {trial}"}, result.limits)
         row["summary"] = summary(plan, row)
+        # Before MLflow, which may fail.
+        write_json(place.full, {**read_json(place.full), plan.hash(): row})
         told.stage("writing to MLflow")
         tracker = open_tracker(bench, session, tracking_uri, experiment, "")
         row["run_id"] = tracker.plan_trained(plan, row, curve)
         write_json(place.full, {**read_json(place.full), plan.hash(): row})
         others = [record for record in result.full if record["trial"] != trial]
-        tracker.finish([*result.rows, *result.controls, *others, row], title=study.name)
+        tracker.finish([*result.rows, *result.controls, *others, row])
     return row
 
 

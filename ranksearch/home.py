@@ -18,10 +18,10 @@ _MOVED_ASIDE = re.compile(r"\.old-\d+$")
 class StudyHome:
     """The folder of one study.
 
-    `study.json` holds the script's path and the target's fingerprint, `journal.log` the trials,
-    `candidates.json` the candidate table, `controls.json` what a user has without a search,
-    `remeasured.json` the front on test data; `plans/` holds weights and artefact of each finished plan. `full.json`
-    and `full/` are of those that were trained in full, `other_targets/` of the front where it was measured elsewhere.
+    `study.json` holds how it began, on which target and by which script, `journal.log` the trials, `candidates.json`
+    the candidate table, `controls.json` what a user has without a search, `remeasured.json` the front on test data,
+    `report.html` what the last run found; `plans/` holds weights and artefact of each finished plan. `full.json` and
+    `full/` are of those that were trained in full, `other_targets/` of the front where it was measured elsewhere.
     """
 
     directory: Path
@@ -53,6 +53,10 @@ class StudyHome:
     @property
     def plans(self) -> Path:
         return self.directory / "plans"
+
+    @property
+    def report(self) -> Path:
+        return self.directory / "report.html"
 
     @property
     def full(self) -> Path:

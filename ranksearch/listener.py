@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final, get_args
 
+from ranksearch.cache import write_atomically
 from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import (
@@ -12,6 +13,7 @@ from ranksearch.optimization import (
     FurtherDrop,
     ResolvedLimits,
     TrialRecord,
+    agreements,
     beaten_by,
     front,
     near_ties,
@@ -19,14 +21,27 @@ from ranksearch.optimization import (
 )
 from ranksearch.plan import Plan
 from ranksearch.recovery import Step
-from ranksearch.results import Row, further_drops, gapped_trials, study_hypervolume, trial_rows
+from ranksearch.reports import StudyFacts, study_page
+from ranksearch.results import (
+    Row,
+    further_drops,
+    gapped_trials,
+    study_hypervolume,
+    trial_rows,
+    unfinished_trials,
+)
 from ranksearch.retention import keep_within
+from ranksearch.search_result import SearchResult
 from ranksearch.session import Session
 from ranksearch.spec import Objective
+from ranksearch.study_report import running_story, study_facts, study_story
 from ranksearch.tracking import Tracker
 from ranksearch.workbench import Workbench
 
 WEIGHTS_MAX_BYTES = 2_000_000_000
+# Of which trials MLflow keeps the folders of weights and artefact.
+LogWeights = Literal["none", "best", "front"]
+LOG_WEIGHTS: tuple[str, ...] = get_args(LogWeights)
 
 
 class Progress(Protocol):
@@ -85,6 +100,7 @@ class Listener:
     told: Progress
     history: list[TrialRecord]
     controls: list[Row] = field(default_factory=list)
+    log_weights: LogWeights = "none"
 
     def trial_started(self, number: int, plan: Plan, origin: str) -> str | None:
         self.told.trial_started(number, plan, origin)
@@ -105,7 +121,9 @@ class Listener:
         rows = self.rows()
         row = next(row for row in rows if row["trial"] == record.number)
         self._track(record, row)
-        self.tracker.update_front(rows, self._hypervolume(), step=record.number)
+        self.tracker.update_front(
+            rows, self._hypervolume(), step=record.number, story=lambda: running_story(self._facts())
+        )
         front = {r["trial"] for r in rows if r["pareto"]}
         keep_within(
             self.home.plans,
@@ -135,11 +153,39 @@ class Listener:
         )
 
     def finish(self, status: str) -> None:
-        """Ends the study's run in MLflow with front and pictures."""
-        rows = self.rows()
-        self.told.stage("writing the front to MLflow")
-        self.tracker.update_front(rows, self._hypervolume(), step=len(self.history))
-        self.tracker.finish([*rows, *self.controls], title=self.home.name, status=status)
+        """Writes the study's report, and ends its run in MLflow with it, front and pictures."""
+        self.told.stage("writing the report, and the front to MLflow")
+        facts = self._facts()
+        page = study_page(facts)
+        write_atomically(self.home.report, page.encode())
+        self.tracker.update_front(facts.rows, self._hypervolume(), step=len(self.history))
+        for record in self._with_weights_to_log(facts):
+            self.tracker.log_weights(record.number, record.plan, self.home.plan(record.plan.hash()))
+        self.tracker.finish(facts.all_rows, story=study_story(facts, page), status=status)
+
+    def result(self) -> SearchResult:
+        """What the study has found so far."""
+        gapped = self.gapped()
+        return SearchResult(
+            home=self.home,
+            rows=self.rows(),
+            controls=self.controls,
+            plans={record.number: record.plan for record in self.history},
+            limits=self.limits,
+            gapped=gapped,
+            unfinished=unfinished_trials(self.history, gapped),
+            agreements=agreements(list(trained_evaluations(self.history).values())),
+        )
+
+    def _facts(self) -> StudyFacts:
+        return study_facts(self.result(), read_json(self.home.study), self.estimator.profile)
+
+    def _with_weights_to_log(self, facts: StudyFacts) -> list[TrialRecord]:
+        """The trials whose weights MLflow shall keep."""
+        best = [] if facts.chosen is None else [facts.chosen]
+        rows = {"none": [], "best": best, "front": [row for row in facts.rows if row["pareto"]]}[self.log_weights]
+        wanted = {row["trial"] for row in rows}
+        return [record for record in self.history if record.number in wanted]
 
     def beaten_by(self, figures: Mapping[str, Any]) -> str | None:
         """Why a plan of these figures is not worth training, by the trials so far; None where it may be."""

@@ -1,6 +1,7 @@
 """A study's trials as rows of the front, and the row that a user's demands choose."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ranksearch.errors import NoPlanError, StudyError
@@ -15,6 +16,16 @@ Row = dict[str, Any]
 
 MEASURED = {"drop": "accuracy_drop", "latency": "latency_ratio", "bytes": "bytes_ratio"}
 MINIMIZED = {"latency": "latency_ratio", "size": "bytes_ratio", "drop": "accuracy_drop"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unfinished:
+    """A trial without a place on the front: stopped before its accuracy was measured, failed, or scored otherwise."""
+
+    trial: int
+    what: str
+    plan: str
+    reason: str
 
 
 def trial_rows(
@@ -49,6 +60,25 @@ def trial_rows(
 def gapped_trials(records: Sequence[TrialRecord], remeasured: Mapping[str, Figures]) -> list[int]:
     """The trials that the runtime scores otherwise than torch, by more than the width of the drop's interval."""
     return [r.number for r in records if r.evaluation is not None and _has_gap(r.evaluation, remeasured)]
+
+
+def unfinished_trials(records: Sequence[TrialRecord], gapped: Collection[int]) -> list[Unfinished]:
+    """The trials that were stopped, failed or are `gapped`, each with the reason."""
+    found = []
+    for record in records:
+        what, reason = _ending(record, record.number in gapped)
+        if what:
+            found.append(Unfinished(trial=record.number, what=what, plan=record.plan.summary(), reason=reason))
+    return found
+
+
+def _ending(record: TrialRecord, gapped: bool) -> tuple[str, str]:
+    """How a trial missed the front's figures, and why; empty where it did not."""
+    if record.state == "failed":
+        return "failed", record.reason or "failed"
+    if record.state == "pruned" and record.evaluation is not None:
+        return "stopped", record.evaluation.stopped or "stopped"
+    return ("off the front", "the runtime scores it otherwise than torch") if gapped else ("", "")
 
 
 def evaluation_row(evaluation: Evaluation, limits: ResolvedLimits) -> Row:
@@ -154,6 +184,14 @@ def choose(rows: Sequence[Row], *, minimize: str = "latency") -> tuple[Row, str]
     )
 
 
+def default_choice(rows: Sequence[Row]) -> Row | None:
+    """The row that an export takes without being told; None where no compressed plan meets the goals."""
+    try:
+        return choose(rows)[0]
+    except NoPlanError:
+        return None
+
+
 def promoted(rows: Sequence[Row], count: int) -> list[int]:
     """The trials of so many plans that are worth a full training: those that together cover most of the front.
 
@@ -203,7 +241,13 @@ def nearest(rows: Sequence[Row], limits: ResolvedLimits) -> dict[str, Row]:
 
 
 def recommended(rows: Sequence[Row]) -> dict[str, Row]:
-    """Out of feasible rows: the fastest, the smallest, the most accurate, and the knee of all three."""
+    """Of the compressed, feasible plans on the front the fastest, smallest, most accurate, and the knee of all three.
+
+    Nothing where there is no such plan.
+    """
+    rows = [row for row in rows if row["pareto"] and row["feasible"] and is_compressed(row)]
+    if not rows:
+        return {}
     losses = [[row["accuracy_drop"], row["latency_ratio"], row["bytes_ratio"]] for row in rows]
     return {
         "fastest": min(rows, key=lambda row: row["latency_ratio"]),
@@ -219,16 +263,20 @@ def is_compressed(row: Mapping[str, Any]) -> bool:
 
 
 def thin(rows: Sequence[Row], count: int = 12) -> list[Row]:
-    """At most `count` rows of a front, those first that differ from the ones before beyond their intervals."""
-    ordered = sorted(rows, key=lambda row: row["latency_ratio"])
-    distinct: list[Row] = []
-    for row in ordered:
+    """At most `count` rows of a front, fastest first: the recommended, and those that differ beyond their intervals.
+
+    Among the recommended is here the one that an export takes without being told.
+    """
+    named = [*recommended(rows).values(), *([] if (chosen := default_choice(rows)) is None else [chosen])]
+    kept = {row["trial"]: row for row in named}
+    distinct = list(kept.values())
+    for row in sorted(rows, key=lambda row: row["latency_ratio"]):
         if not any(_alike(row, other) for other in distinct):
             distinct.append(row)
-    if len(distinct) <= count:
-        return distinct
-    step = (len(distinct) - 1) / (count - 1)
-    return [distinct[round(i * step)] for i in range(count)]
+    others, room = distinct[len(kept) :], max(count - len(kept), 0)
+    if len(others) > room:
+        others = [others[round(i * (len(others) - 1) / max(room - 1, 1))] for i in range(room)]
+    return sorted([*kept.values(), *others], key=lambda row: row["latency_ratio"])
 
 
 def _alike(row: Row, other: Row) -> bool:

@@ -16,12 +16,11 @@ from ranksearch.evaluation import Evaluation, Evaluator
 from ranksearch.export import write_bundle
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
 from ranksearch.identity import study_identity
-from ranksearch.listener import Listener, Progress, Silent, open_tracker, preparing
+from ranksearch.listener import LOG_WEIGHTS, Listener, LogWeights, Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import (
     DEFAULT_SAMPLER,
     DropEstimator,
     ResolvedLimits,
-    agreements,
     coordinator_lock,
     drop_unit,
     find_sampler,
@@ -30,7 +29,6 @@ from ranksearch.optimization import (
     optimise,
     out_of_reach,
     read_records,
-    trained_evaluations,
 )
 from ranksearch.plan import Plan
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process, remeasure_plans, unmeasured
@@ -58,6 +56,7 @@ def search(
     experiment: str | None = None,
     script: str | Path | None = None,
     new: bool = False,
+    log_weights: LogWeights = "none",
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     should_abort: Callable[[], bool] = lambda: False,
@@ -65,18 +64,21 @@ def search(
     """Runs the study, or goes on with it, until it has `trials` distinct trials or the time is up.
 
     `trials` is the study's total (50 where neither it nor a time is given), `more_trials` counts from where it
-    stands. State lies in `home/<study name>`, trials in `storage` (an Optuna URL) where given. With `script`, the
+    stands. State lies in `home/<study name>`, trials in `storage` (an Optuna URL) where given; MLflow keeps the
+    weights of no plan, of the `best`, or of the `front`, as `log_weights` says. With `script`, the
     path of the study script, the front is measured again in a fresh process, else in this one. Raises StudyError
     and its siblings for what cannot be used, before anything of an earlier study is touched; KeyboardInterrupt where
     it shall stop before its first trial. A trial that fails is recorded and the study goes on.
     """
     request = _Request(
         trials=trials, more_trials=more_trials, time_limit_s=time_limit_s, sampler=sampler, storage=storage,
-        tracking_uri=tracking_uri, experiment=experiment, script=script, should_stop=should_stop,
-        should_abort=should_abort, started=time.monotonic(),
+        tracking_uri=tracking_uri, experiment=experiment, script=script, log_weights=log_weights,
+        should_stop=should_stop, should_abort=should_abort, started=time.monotonic(),
     )  # fmt: skip
     if time_limit_s is not None and time_limit_s <= 0:
         raise StudyError(f"a time limit of {time_limit_s:g} s leaves no time for a trial; give more, or none")
+    if log_weights not in LOG_WEIGHTS:
+        raise StudyError(f"log_weights {log_weights!r} is unknown; it is one of {', '.join(LOG_WEIGHTS)}")
     find_sampler(sampler)
     resolve_tracking_uri(tracking_uri)
     told = progress or Silent()
@@ -140,6 +142,7 @@ class _Request:
     tracking_uri: str | None
     experiment: str | None
     script: str | Path | None
+    log_weights: LogWeights
     should_stop: Callable[[], bool]
     should_abort: Callable[[], bool]
     started: float
@@ -186,24 +189,17 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
         stage("opening MLflow")
         tracker = open_tracker(bench, session, request.tracking_uri, request.experiment, request.sampler)
         estimator = DropEstimator(session.profile, drop_unit(session.dense_accuracy))
-        listener = Listener(spec.objectives, limits, estimator, place, tracker, told, read_records(optuna_study))
+        listener = Listener(
+            spec.objectives, limits, estimator, place, tracker, told, read_records(optuna_study),
+            log_weights=request.log_weights,
+        )  # fmt: skip
         with _ended(listener, request.should_stop):
             stage("measuring controls")
             listener.controls[:] = measure_controls(bench, place, session.dense_latency_ms, stage)
             _run_trials(optuna_study, bench, session, limits, listener, request)
             if not request.should_stop():
                 _remeasure_front(bench, listener, session.dense_latency_ms, request, told)
-    return SearchResult(
-        home=place,
-        rows=listener.rows(),
-        controls=listener.controls,
-        plans={record.number: record.plan for record in listener.history},
-        limits=limits,
-        gapped=listener.gapped(),
-        agreements=agreements(list(trained_evaluations(listener.history).values())),
-        stopped_early=request.should_stop(),
-        pareto_url=tracker.url() if tracker.is_remote else None,
-    )
+    return replace(listener.result(), stopped_early=request.should_stop(), pareto_url=tracker.page)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from ranksearch.remeasure import target_record
 from ranksearch.runtimes import differing_keys
 from ranksearch.spec import Target, tied_layers
 from ranksearch.staircase import measure_staircase
+from ranksearch.trees import count_rows
+from ranksearch.versions import package_versions
 from ranksearch.workbench import Workbench
 
 N_OPENINGS = 3
@@ -171,6 +173,18 @@ def _begin(bench: Workbench, home: StudyHome, profile: Profile, latency_ms: floa
         "noise_floor": noise,
         "dense_accuracy": bench.dense.scores.value,
         "dense_bytes": bench.dense.model_bytes,
+        "model": {
+            "name": type(bench.model).__name__,
+            "n_params": bench.dense.n_params,
+            "macs": bench.dense.macs,
+            "n_layers": len(bench.found.layers),
+        },
+        "data": {
+            "calibration": sum(count_rows(inputs) for inputs, _ in bench.calibration),
+            "validation": bench.dense.scores.n_examples,
+            "test": bench.data.test is not None,
+        },
+        "versions": package_versions(),
         "skipped": dict(bench.found.skipped),
         "machine": machine_state(bench.spec.target),
         **target_record(bench),

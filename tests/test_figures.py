@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.figures import Row, kind, layers_figure, measured, number, pareto_figure, pareto_html, pareto_png
+from ranksearch.figures import Row, kind, layers_figure, measured, number, pareto_figure, pareto_png
+from ranksearch.reports import figure_html
 
 ROWS: list[Row] = [
     {"trial": 0, "summary": "dense", "origin": "control: dense", "accuracy_drop": 0.0, "latency_ratio": 1.0,
@@ -54,7 +55,7 @@ def test_the_figure_shows_measured_rows_with_intervals_and_summaries() -> None:
 
 
 def test_the_page_is_whole_and_has_no_upload_button() -> None:
-    page = pareto_html(ROWS, "digits")
+    page = figure_html(pareto_figure(ROWS, "digits"), with_plotly=True, full=True)
     sources = Sources()
     sources.feed(page)
     assert [source for source in sources.found if source.startswith(("http", "//"))] == []
@@ -92,10 +93,19 @@ def test_booleans_and_text_are_no_numbers() -> None:
 
 def test_layers_stand_in_the_models_order() -> None:
     layers: list[Row] = [
-        {"layer": "conv1", "choice": "none 32/32", "bytes_ratio": 1.0},
-        {"layer": "conv2", "choice": "svd (8) 8/8", "bytes_ratio": 0.1},
+        {"layer": "conv1", "choice": "none 32/32", "decomposition": "none", "dense_ms": 1.0, "ms": 1.0},
+        {"layer": "conv2", "choice": "svd (8) 8/8", "decomposition": "svd", "dense_ms": 2.0, "ms": 0.5},
+        {"layer": "conv3", "choice": "none 8/8", "decomposition": "none", "dense_ms": 3.0, "ms": 1.5},
     ]
     figure = layers_figure(layers)
-    assert [trace.name for trace in figure.data] == ["bytes"]
-    assert list(figure.data[0].x) == ["conv1", "conv2"]
-    assert list(figure.data[0].customdata) == ["none 32/32", "svd (8) 8/8"]
+    assert [trace.name for trace in figure.data] == ["dense", "none", "svd"]
+    assert [list(trace.x) for trace in figure.data] == [[0, 1, 2], [0, 2], [1]]
+    assert [list(trace.y) for trace in figure.data[1:]] == [[1.0, 1.5], [0.5]]
+    assert list(figure.layout.xaxis.ticktext)[1] == "conv2<br>svd (8) 8/8"
+    assert figure.data[2].customdata[0][:2] == ["conv2", "svd (8) 8/8"]
+
+
+def test_what_is_known_of_layers_is_drawn_and_no_more() -> None:
+    assert len(layers_figure([{"layer": "conv1", "predicted_loss": 1e-3}]).data) == 1
+    assert len(layers_figure([{"layer": "conv1"}]).data) == 0
+    assert len(layers_figure([]).data) == 0

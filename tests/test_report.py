@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from ranksearch.figures import Row
 from ranksearch.plan import LayerChoice, Plan
-from ranksearch.report import ExportFacts, export_report, front_table, gain_sentence
+from ranksearch.reports import ExportFacts, export_report, gain_sentence
+from ranksearch.reports.document import to_markdown
+from ranksearch.reports.sections import front_table
 
 PLAN = Plan(layers={"conv|1": LayerChoice(decomposition="tucker2", ranks=(8, 8), weight_bits=8, activation_bits=8)})
 
@@ -82,13 +84,15 @@ def facts(**more: object) -> ExportFacts:
 
 def test_an_exports_report_has_everything_in_order() -> None:
     text = export_report(facts(test_accuracy_drop=0.006, test_drop_low=0.003, test_drop_high=0.009))
+    front_matter, text = text.removeprefix("---\n").split("---\n\n", 1)
+    assert front_matter == "library_name: pytorch\ntags: [ranksearch, tucker2, 8-bit]\n"
     lines = text.splitlines()
     assert lines[0] == "# digits, trial 7"
     assert lines[2].startswith("At the same drop")
     titles = [line for line in lines if line.startswith("## ")]
     assert titles == [
         "## Before and after", "## Against what needs no search", "## Layers", "## Files", "## Target",
-        "## Versions", "## Left out", "## Again",
+        "## Versions", "## Left out", "## Again", "## Papers behind it",
     ]  # fmt: skip
     assert "loses 0.0060 (0.0030 to 0.0090), within the goal of 0.01." in text
     assert "| latency | 10 ms | 2.5 ms |" in lines
@@ -97,6 +101,7 @@ def test_an_exports_report_has_everything_in_order() -> None:
     assert "±1.2%" in text
     assert "int8: unavailable: install nncf" in text
     assert "threads" not in text
+    assert "@inproceedings{kim2016compression," in text
 
 
 def test_a_goal_missed_on_test_is_said() -> None:
@@ -113,7 +118,7 @@ def test_without_test_data_and_layers_the_report_says_what_it_can() -> None:
 
 
 def test_the_front_as_a_table() -> None:
-    lines = front_table([INT8, MISSING]).splitlines()
+    lines = to_markdown([front_table([INT8, MISSING])]).splitlines()
     assert lines[0].startswith("| plan | drop | test drop | latency ratio")
     assert "0.0040 (0.0010 to 0.0070)" in lines[2]
     assert lines[3].count("–") == 5

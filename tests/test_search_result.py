@@ -13,8 +13,10 @@ from ranksearch.export import PLAN, RUNTIME
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.optimization import ResolvedLimits, open_study
 from ranksearch.plan import Plan, Provenance
-from ranksearch.search_result import SearchResult, export_plan, plan_layers, read_profile, read_result
+from ranksearch.reports import plan_layers
+from ranksearch.search_result import SearchResult, read_profile, read_result
 from ranksearch.spec import OBJECTIVES, Goals
+from ranksearch.study_export import export_plan
 
 LIMITS = ResolvedLimits(max_drop=0.03)
 DENSE_MS = 10.0

@@ -1,23 +1,32 @@
 """Tracking against real SQLite stores, and the Pareto page in a real browser."""
 
-import base64
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, chromium, outside
 
 from ranksearch.errors import StudyError
+from ranksearch.figures import pareto_figure
 from ranksearch.plan import LayerChoice, Plan
-from ranksearch.tracking import StudyRun, Tracker, find_study, page_url, resolve_tracking_uri, serve
+from ranksearch.reports import figure_html
+from ranksearch.tracking import (
+    NoAnswerError,
+    Story,
+    StudyRun,
+    Tracker,
+    find_study,
+    page_url,
+    resolve_tracking_uri,
+    runs,
+    serve,
+)
 from ranksearch.tracking.pages import free_port
 from ranksearch.tracking.store import child_runs, connect
 
@@ -184,12 +193,13 @@ def test_the_end_of_a_study_leaves_table_pictures_report_and_controls(store: str
     control_id = tracker.control_finished("nncf", control)
     assert tracker.control_finished("nncf", control) == control_id
     rows[1]["pareto"] = False
-    tracker.finish([*rows, control], report="# Report\n\nAll of it.", title="digits")
+    files = {"report.html": "<h1>All of it</h1>", "plots/pareto.png": b"\x89PNG"}
+    tracker.finish([*rows, control], story=Story(note="# Report\n\nIn short.", files=files))
     client, run_id = connect(store), tracker.study.run_id
     parent = client.get_run(run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["mlflow.note.content"].startswith("# Report")
-    assert {file.path for file in client.list_artifacts(run_id)} == {"front.json", "plots", "report.md"}
+    assert {file.path for file in client.list_artifacts(run_id)} == {"front.json", "plots", "report.html"}
     table = json.loads(Path(client.download_artifacts(run_id, "front.json")).read_text())
     summaries = [row[table["columns"].index("summary")] for row in table["data"]]
     assert summaries == [rows[0]["summary"], "int8 by NNCF"]
@@ -213,6 +223,89 @@ def test_a_store_that_stops_answering_does_not_stop_the_study(
     assert "connection refused" in caplog.text
     tracker.update_front([make_row(0, 0.0, 0.9, 10**6)], 0.1, step=1)
     assert [run.data.tags["ranksearch.trial"] for run in children(tracker.study)] == ["0"]
+
+
+def test_a_server_that_does_not_answer_is_asked_again_and_then_told_all(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, n_asked = [0.0], []
+
+    def silent(uri: str) -> None:
+        n_asked.append(uri)
+        raise NoAnswerError(f"MLflow at {uri} does not answer: refused")
+
+    with monkeypatch.context() as away:
+        away.setattr(runs, "connect", silent)
+        tracker = open_tracker(store, clock=lambda: now[0])
+        assert tracker.trial_started(0, make_plan(1), "prices") is None
+        assert tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6)) is None
+        assert len(n_asked) == 1, "not again for each trial"
+        assert caplog.text.count("does not answer") == 1
+        now[0] += runs.TRY_EVERY_S
+        tracker.update_front([make_row(0, 0.0, 0.9, 10**6)], 0.1, step=0)
+        assert len(n_asked) == 2
+    now[0] += runs.TRY_EVERY_S
+    assert tracker.trial_finished(1, make_plan(2), make_row(1, 0.0, 0.8, 10**6)) is not None
+    assert {run.data.tags["ranksearch.trial"] for run in children(tracker.study)} == {"0", "1"}
+
+
+def test_a_server_that_is_not_there_costs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tracker = open_tracker(f"http://127.0.0.1:{free_port(0)}")
+    assert tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6)) is None
+    tracker.finish([make_row(0, 0.0, 0.9, 10**6)])
+    assert tracker.page is None
+    assert "does not answer" in caplog.text
+
+
+def test_table_and_story_of_a_running_study_are_written_now_and_then(store: str) -> None:
+    now, told = [0.0], []
+
+    def story() -> Story:
+        told.append(now[0])
+        return Story(note=f"at {now[0]:.0f} s", files={"plots/pareto.html": "<p>front</p>"})
+
+    tracker = open_tracker(store, clock=lambda: now[0])
+    rows = write_trials(tracker, 2)
+    for step in range(7):
+        tracker.update_front(rows, 0.1, step=step, story=story)
+        now[0] += 11
+    assert told == [33.0, 66.0]
+    client, run_id = connect(store), tracker.study.run_id
+    assert client.get_run(run_id).data.tags["mlflow.note.content"] == "at 66 s"
+    assert {file.path for file in client.list_artifacts(run_id)} == {"front.json", "plots"}
+
+
+def test_the_best_feasible_figures_are_curves_of_the_study(store: str) -> None:
+    tracker = open_tracker(store)
+    rows = [
+        make_row(0, 0.0, 1.0, 1_000_000, origin="control: dense"),
+        make_row(1, 0.004, 0.5, 400_000),
+        make_row(2, 0.002, 0.6, 300_000),
+        make_row(3, 0.05, 0.1, 100_000),
+    ]
+    tracker.update_front(rows[:1], 0.0, step=0)
+    tracker.update_front(rows, 0.1, step=1)
+    metrics = connect(store).get_run(tracker.study.run_id).data.metrics
+    best = {name.removeprefix("best_feasible_"): value for name, value in metrics.items() if "best" in name}
+    assert best == {"accuracy_drop": 0.002, "latency_ratio": 0.5, "bytes_ratio": 0.3}
+    history = connect(store).get_metric_history(tracker.study.run_id, "best_feasible_latency_ratio")
+    assert [point.step for point in history] == [1], "dense is no plan to choose"
+
+
+def test_weights_are_kept_with_the_trials_run_once(store: str, tmp_path: Path) -> None:
+    tracker = open_tracker(store)
+    rows = write_trials(tracker, 2)
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.safetensors").write_bytes(b"weights")
+    tracker.log_weights(1, make_plan(2), bundle)
+    client = connect(store)
+    assert [file.path for file in client.list_artifacts(str(rows[1]["run_id"]), "plan")] == ["plan/model.safetensors"]
+    (bundle / "more").write_bytes(b"")
+    open_tracker(store).log_weights(1, make_plan(2), bundle)
+    assert len(client.list_artifacts(str(rows[1]["run_id"]), "plan")) == 1
+    tracker.log_weights(0, make_plan(1), tmp_path / "gone")
+    assert client.list_artifacts(str(rows[0]["run_id"]), "plan") == []
 
 
 def test_tracking_uris_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,87 +366,6 @@ def test_a_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -
         serve(f"sqlite:///{tmp_path}/text.db", 5000)
 
 
-class Browser:
-    """Headless Chromium, spoken to over its debugging pipe."""
-
-    def __init__(self, to_browser: int, from_browser: int) -> None:
-        self._writer, self._reader = os.fdopen(to_browser, "wb", 0), os.fdopen(from_browser, "rb")
-        self._count, self._session = 0, ""
-        self.requested: list[str] = []
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self._call("Network.enable")
-
-    def _call(self, method: str, **params: object) -> dict[str, Any]:
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        self._writer.write(json.dumps(message).encode() + b"\0")
-        while True:
-            answer = json.loads(self._receive())
-            if answer.get("method") == "Network.requestWillBeSent":
-                self.requested.append(answer["params"]["request"]["url"])
-            if answer.get("id") == self._count:
-                return dict(answer["result"])
-
-    def _receive(self) -> bytes:
-        content = bytearray()
-        while (byte := self._reader.read(1)) not in (b"\0", b""):
-            content += byte
-        return bytes(content)
-
-    def open(self, url: str) -> None:
-        self._call("Page.navigate", url=url)
-
-    def evaluate(self, script: str) -> Any:
-        return self._call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
-
-    def wait_for(self, script: str, timeout_s: float = 60.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not self.evaluate(script):
-            assert time.monotonic() < deadline, f"{script} never came true:\n{self.evaluate('document.body.innerText')}"
-            time.sleep(0.2)
-
-    def screenshot(self) -> bytes:
-        return base64.b64decode(self._call("Page.captureScreenshot")["data"])
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--window-size=1700,1100",
-    "--remote-debugging-pipe",
-)  # fmt: skip
-
-
-@contextmanager
-def chromium(profile: Path) -> Iterator[Browser]:
-    """A browser with a new empty profile."""
-    assert CHROMIUM is not None
-    (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    # Chromium reads its debugging pipe from descriptor 3 and writes to 4.
-    command = 'exec "$@" 3<&%d 4>&%d' % (theirs_in, theirs_out)  # noqa: UP031
-    arguments = ["bash", "-c", command, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
-    process = subprocess.Popen(
-        arguments, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    os.close(theirs_in)
-    os.close(theirs_out)
-    browser = Browser(ours_out, ours_in)
-    try:
-        yield browser
-    finally:
-        browser._writer.close()
-        browser._reader.close()
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def outside(urls: Sequence[str], server: str) -> list[str]:
-    return [url for url in urls if not url.startswith((server, "data:", "blob:", "about:"))]
-
-
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -363,7 +375,8 @@ def test_the_pareto_page_shows_table_scatters_and_the_picture(
     tracker = open_tracker(store)
     rows = write_trials(tracker, 8)
     tracker.update_front(rows, 0.05, step=8)
-    tracker.finish(rows, report="# Report")
+    pictures = {"plots/pareto.html": figure_html(pareto_figure(rows), with_plotly=True, full=True)}
+    tracker.finish(rows, story=Story(note="# Digits\n\nThis **plan** gains 2x.", files=pictures))
     experiment_id, run_id = tracker.study.experiment_id, tracker.study.run_id
     with serve(store, 5000) as server, chromium(tmp_path / "profile") as browser:
         browser.open(page_url(server.url, experiment_id, run_id, "TABLE"))
@@ -371,7 +384,7 @@ def test_the_pareto_page_shows_table_scatters_and_the_picture(
         for text in (*columns, "8 matching runs", "1x svd 8/8: 1.5x faster", "Sort: latency_ratio"):
             browser.wait_for(f"document.body.innerText.includes({text!r})")
         browser.open("about:blank")
-        browser.open(tracker.url(server.url))
+        browser.open(page_url(server.url, experiment_id, run_id))
         browser.wait_for("document.querySelectorAll('.scatterlayer .points path').length >= 16")
         browser.wait_for("document.body.innerText.includes('Pareto front')")
         picture = tmp_path / "page.png"
@@ -379,6 +392,8 @@ def test_the_pareto_page_shows_table_scatters_and_the_picture(
         record_property("screenshot", str(picture))
         assert picture.stat().st_size > 50_000
         assert outside(browser.requested, server.url) == []
+        browser.open(f"{server.url}/#/experiments/{experiment_id}/runs/{run_id}")
+        browser.wait_for("document.body.innerText.includes('gains 2x')")
         browser.open(Path(connect(store).download_artifacts(run_id, "plots/pareto.html")).as_uri())
         browser.wait_for("document.querySelectorAll('.scatterlayer .points path').length >= 16")
         assert outside(browser.requested, server.url)[1:] == []

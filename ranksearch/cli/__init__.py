@@ -121,6 +121,9 @@ def run_command(
     name: Annotated[str | None, typer.Option(help="The study's name, instead of the script's.")] = None,
     new: Annotated[bool, typer.Option("--new", help="Start over; the old study is kept.")] = False,
     grace: Annotated[str, typer.Option(help="How long a stopped run may take to end its trial.")] = "30s",
+    log_weights: Annotated[
+        str, typer.Option("--log-weights", help="Whose weights MLflow keeps too: none, best or front.")
+    ] = "none",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only what was found, no progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="What was found as JSON; all else on stderr.")] = False,
 ) -> None:
@@ -135,6 +138,7 @@ def run_command(
         more_trials=more_trials,
         time_limit_s=None if time is None else duration_s(time, "--time"),
         grace_s=duration_s(grace, "--grace"),
+        log_weights=log_weights,
         quiet=quiet,
         as_json=as_json,
         sampler=sampler,
@@ -217,6 +221,22 @@ def front_command(
     show_front(script, study, home=home, storage=storage, every=every, format=format)
 
 
+@app.command("report")
+def report_command(
+    script: OptionalScript = None,
+    study: StudyName = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Default: NAME-report.html.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+) -> None:
+    """A study's report as one HTML page, also while it runs: gain, front, layers, what was left out."""
+    from ranksearch.cli.reading import write_report
+
+    write_report(script, study, output, home=home, storage=storage)
+
+
 @app.command("studies")
 def studies_command(home: Home = DEFAULT_HOME, storage: Storage = None) -> None:
     """The studies that there are, each with its best plan, also while they run."""
@@ -257,6 +277,10 @@ def export_command(
     openvino: Annotated[bool, typer.Option("--openvino", help="Also portable.xml; needs STUDY.py.")] = False,
     pt2: Annotated[bool, typer.Option("--pt2", help="Also portable.pt2; needs STUDY.py.")] = False,
     static: Annotated[bool, typer.Option("--static", help="These for the batch of the example alone.")] = False,
+    register: Annotated[
+        str | None,
+        typer.Option("--register", metavar="NAME", help="Also as pt2 in MLflow's model registry; needs STUDY.py."),
+    ] = None,
     home: Home = DEFAULT_HOME,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
@@ -277,6 +301,8 @@ def export_command(
         storage=storage,
         formats=[name for name, wanted in (("onnx", onnx), ("openvino", openvino), ("pt2", pt2)) if wanted],
         dynamic=not static,
+        register=register,
+        tracking_uri=tracking_uri,
     )
 
 

@@ -33,6 +33,19 @@ def show_front(
     print_rows(sorted(rows, key=lambda row: row["latency_ratio"]), format, place.name, every)
 
 
+def write_report(
+    script: Path | None, name: str | None, output: Path | None, *, home: Path, storage: str | None
+) -> None:
+    """The study's report in a file."""
+    from ranksearch.cache import write_atomically
+    from ranksearch.study_report import report_page
+
+    place = study_home(script, name, home)
+    path = output or Path(f"{place.name}-report.html")
+    write_atomically(path, report_page(place, storage).encode())
+    say(f"wrote {path}")
+
+
 def show_overview(home: Path, storage: str | None) -> None:
     """The studies of a home, with those of a storage that have no folder there."""
     from ranksearch.optimization import study_names
@@ -126,7 +139,8 @@ def show_plan(
     script: Path | None, name: str | None, trial: int, versus: int | None, *, home: Path, storage: str | None
 ) -> None:
     """One plan, layer by layer, beside another where asked."""
-    from ranksearch.search_result import plan_layers, read_profile, read_result
+    from ranksearch.reports import plan_layers
+    from ranksearch.search_result import read_profile, read_result
 
     place = study_home(script, name, home)
     result = read_result(place, storage)
@@ -166,13 +180,16 @@ def export_choice(
     storage: str | None,
     formats: Sequence[str] = (),
     dynamic: bool = True,
+    register: str | None = None,
+    tracking_uri: str | None = None,
 ) -> None:
-    """Chooses a plan and writes it, and in other formats too."""
-    from ranksearch.search_result import export_plan
+    """Chooses a plan and writes it, and in other formats too; registers its model in MLflow where asked."""
+    from ranksearch.study_export import export_plan
 
-    if formats and script is None:
+    wanted = [*formats, *([] if register is None else ["register"])]
+    if wanted and script is None:
         raise StudyError(
-            f"--{formats[0]} rebuilds your model, which the study's script makes: ranksearch export STUDY.py"
+            f"--{wanted[0]} rebuilds your model, which the study's script makes: ranksearch export STUDY.py"
         )
 
     def add(folder: Path) -> None:
@@ -192,6 +209,20 @@ def export_choice(
     )
     say(f"exported trial {row['trial']} to {output}: {row['summary']}")
     say(note)
+    if script is not None and register is not None:
+        _register(script, output, register, row, tracking_uri)
+
+
+def _register(script: Path, folder: Path, name: str, row: Row, tracking_uri: str | None) -> None:
+    """Registers an export's model in MLflow, below the run of its trial."""
+    from ranksearch.export import load, read_example
+    from ranksearch.runtimes.pytorch.pt2 import exportable
+    from ranksearch.tracking.registry import register_model
+
+    if row["run_id"] is None:
+        raise StudyError(f"trial {row['trial']} has no run in MLflow; run the study again to write it there")
+    model, (inputs, _) = load(folder, load_study(script).model()), read_example(folder)
+    say(f"registered {register_model(exportable(model), inputs, name, row['run_id'], tracking_uri)}")
 
 
 def _write_portable(script: Path, folder: Path, formats: Sequence[str], dynamic: bool) -> None:

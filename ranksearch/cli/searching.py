@@ -213,6 +213,7 @@ def _print_what_next(result: "SearchResult", options: str) -> None:
     from ranksearch.results import nearest
 
     say("")
+    say(f"Report: {result.home.report}")
     say("Look at it in MLflow:")
     say(f"  ranksearch ui{options}")
     if not _compresses(result):
@@ -228,25 +229,25 @@ def _compresses(result: "SearchResult") -> bool:
 
 def _as_json(result: "SearchResult") -> dict[str, Any]:
     """The front, the controls, and the trials to choose from, for programs."""
-    from ranksearch.results import is_compressed, nearest, recommended
+    from ranksearch.results import nearest, recommended
 
     front = sorted((row for row in result.rows if row["pareto"]), key=lambda row: row["latency_ratio"])
-    feasible = [row for row in front if row["feasible"] and is_compressed(row)]
+    best = {label: row["trial"] for label, row in recommended(front).items()}
     return {
         "study": result.home.name,
         "home": str(result.home.directory),
         "stopped_early": result.stopped_early,
         "front": front,
         "controls": result.controls,
-        "recommended": {label: row["trial"] for label, row in recommended(feasible).items()} if feasible else {},
-        "nearest": {} if feasible else {kept: r["trial"] for kept, r in nearest(result.rows, result.limits).items()},
+        "recommended": best,
+        "nearest": {} if best else {kept: r["trial"] for kept, r in nearest(result.rows, result.limits).items()},
     }
 
 
 def _print_result(result: "SearchResult", options: str) -> None:
     """The front, the controls, what the best plan gains over them, and the exports to choose from."""
-    from ranksearch.report import gain_sentence
-    from ranksearch.results import choose, is_compressed, recommended, thin
+    from ranksearch.reports import gain_sentence
+    from ranksearch.results import choose, recommended, thin
 
     rows = [row for row in result.rows if row["pareto"]]
     shown = thin(rows)
@@ -256,14 +257,14 @@ def _print_result(result: "SearchResult", options: str) -> None:
     for agreement in result.agreements:
         say(f"Rank agreement with fine-tuned drops at like latency, {agreement}.")
     print_controls([*(r for r in result.rows if str(r["origin"]).startswith("control")), *result.controls])
-    feasible = [row for row in rows if row["feasible"] and is_compressed(row)]
-    if not feasible:
+    labelled = recommended(rows)
+    if not labelled:
         return
     best, _ = choose(result.rows)
     say("")
     say(f"Trial {best['trial']}: {gain_sentence(best, [*result.rows, *result.controls])}")
     say("")
-    for label, row in recommended(feasible).items():
+    for label, row in labelled.items():
         folder = f"{result.home.name}-{label}".replace(" ", "-")
         words = typed(study=result.home.name, trial=row["trial"])
         say(f"{label.replace('-', ' '):14} ranksearch export{words} -o {folder}{options}")

@@ -56,7 +56,7 @@ class DropEstimator:
     """Estimates the drops of a study's trials as it grows: plans are looked up once, and no history is fitted twice."""
 
     def __init__(self, profile: Profile, unit: float) -> None:
-        self._profile, self._unit = profile, unit
+        self.profile, self._unit = profile, unit
         self._losses = LossTable.of(profile, uniform(profile), unit)
         self._indices: dict[int, tuple[int, ...]] = {}
         self._asked: tuple[list[int], Further] = ([], {})
@@ -82,7 +82,7 @@ class DropEstimator:
             return {}
         for record in scored:
             if record.number not in self._indices:
-                self._indices[record.number] = self._profile.indices(record.plan)
+                self._indices[record.number] = self.profile.indices(record.plan)
         plans = np.array([self._indices[record.number] for record in scored], dtype=np.int64)
         drops = np.array([_drop(record) for record in scored], dtype=np.float64)
         deviations = np.array([drop_deviation(_interval(record), self._unit) for record in scored])

@@ -1,7 +1,17 @@
 """MLflow: one run per study with a run per trial below it, and the saved Pareto page. Loads no MLflow."""
 
 from ranksearch.tracking.pages import Server, page_url, serve
-from ranksearch.tracking.runs import Tracker
-from ranksearch.tracking.store import StudyRun, find_study, resolve_tracking_uri
+from ranksearch.tracking.runs import Story, Tracker
+from ranksearch.tracking.store import NoAnswerError, StudyRun, find_study, resolve_tracking_uri
 
-__all__ = ["Server", "StudyRun", "Tracker", "find_study", "page_url", "resolve_tracking_uri", "serve"]
+__all__ = [
+    "NoAnswerError",
+    "Server",
+    "Story",
+    "StudyRun",
+    "Tracker",
+    "find_study",
+    "page_url",
+    "resolve_tracking_uri",
+    "serve",
+]

@@ -114,6 +114,17 @@ def curve_metrics(losses: Sequence[float]) -> "list[Metric]":
     return [metric for step, loss in enumerate(losses) for metric in to_metrics({LOSS_METRIC: loss}, step)]
 
 
+def best_feasible(rows: Sequence[Row]) -> dict[str, float]:
+    """The least drop, latency ratio and bytes ratio among the compressed plans that meet the goals."""
+    feasible = [row for row in rows if row.get("feasible") and kind(row) != "dense"]
+    found = {}
+    for column in ("accuracy_drop", "latency_ratio", "bytes_ratio"):
+        values = [value for row in feasible if (value := number(row, column)) is not None]
+        if values:
+            found[f"best_feasible_{column}"] = min(values)
+    return found
+
+
 def plain_cell(row: Row, column: str) -> object:
     """A cell as JSON has it: numbers that are not finite are null."""
     value = row.get(column)

@@ -3,12 +3,14 @@
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, final
 
-from ranksearch.figures import Row, is_control, pareto_html, pareto_png
+from ranksearch.figures import Row, is_control
 from ranksearch.plan import Plan
 from ranksearch.tracking.entries import (
     COLOUR_TAG,
@@ -20,6 +22,7 @@ from ranksearch.tracking.entries import (
     TAG_LENGTH,
     ChildRun,
     Entry,
+    best_feasible,
     curve_metrics,
     first_tags,
     plain_cell,
@@ -50,25 +53,56 @@ from ranksearch.tracking.store import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
+
+# How often table, note and pictures of a running study are written anew.
+STORY_EVERY_S = 30.0
+# How often a store is asked that did not answer.
+TRY_EVERY_S = 60.0
+WEIGHTS_TAG = PREFIX + "weights"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Story:
+    """How a study stands, for people: a note in Markdown, and files by their path among the run's artifacts."""
+
+    note: str
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Reached:
+    """The study's run in a store that answers, and what the store is known to hold of it."""
+
+    client: "MlflowClient"
+    study: StudyRun
+    children: dict[tuple[str, str], ChildRun]
+    last_step: int
+
+
+class _NotYetError(Exception):
+    """The store did not answer a while ago, and it is too early to ask again."""
 
 
 @final
 class Tracker:
     """Writes a study to MLflow, one way: nothing is ever read back into the search.
 
-    A store that stops answering does not stop the study: it is warned about, and what is missing is written with
-    the next trial, or when the study is resumed.
+    A store that does not answer, from the start or from some moment on, does not stop the study: it is warned about,
+    and what is missing is written with a later trial, or when the study is run again.
     """
 
-    def __init__(self, client: "MlflowClient", study: StudyRun, runs: "Sequence[Run]", last_step: int) -> None:
-        self.study = study
-        self._client = client
-        self._children = {stored_key(run.data.tags): stored_child(run) for run in runs}
+    def __init__(self, tracking_uri: str, reach: Callable[[], _Reached], clock: Callable[[], float]) -> None:
+        self._tracking_uri = tracking_uri
+        self._reach = reach
+        self._clock = clock
+        self._next_story = clock() + STORY_EVERY_S
+        self._next_try = clock()
         self._pending: list[Entry] = []
-        self._last_step = last_step
+        self._store: _Reached | None = None
+        with self._keep_going("the start of the study"):
+            self._reached()
 
     @classmethod
     def open(
@@ -80,35 +114,48 @@ class Tracker:
         *,
         identity: str | None = None,
         params: Mapping[str, object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> Self:
         """The study's tracker: its run is resumed where the store has it, else made.
 
         `identity` tells studies of one name apart; `params` are logged once. Raises StudyError where the store
-        cannot be used.
+        cannot be used; a server that does not answer is only warned about.
         """
         uri = resolve_tracking_uri(tracking_uri)
-        client = connect(uri)
-        with explained(uri):
-            experiment_id = open_experiment(client, uri, experiment_name(experiment, study_name))
-            run_id = find_parent(client, experiment_id, study_name, identity)
-            if run_id is None:
-                run_id = create_parent(client, experiment_id, study_name, description, identity, params or {})
-            client.update_run(run_id, status="RUNNING")
-            runs = child_runs(client, experiment_id, run_id)
-            close_abandoned(client, runs)
-            history = client.get_metric_history(run_id, "hypervolume")
-            save_page(client, experiment_id, run_id)
-        study = StudyRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id)
-        return cls(client, study, runs, max((point.step for point in history), default=-1))
+
+        def reach() -> _Reached:
+            client = connect(uri)
+            with explained(uri):
+                experiment_id = open_experiment(client, uri, experiment_name(experiment, study_name))
+                run_id = find_parent(client, experiment_id, study_name, identity)
+                if run_id is None:
+                    run_id = create_parent(client, experiment_id, study_name, description, identity, params or {})
+                client.update_run(run_id, status="RUNNING")
+                runs = child_runs(client, experiment_id, run_id)
+                close_abandoned(client, runs)
+                history = client.get_metric_history(run_id, "hypervolume")
+                save_page(client, experiment_id, run_id)
+            return _Reached(
+                client=client,
+                study=StudyRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id),
+                children={stored_key(run.data.tags): stored_child(run) for run in runs},
+                last_step=max((point.step for point in history), default=-1),
+            )
+
+        return cls(uri, reach, clock)
 
     @property
-    def is_remote(self) -> bool:
-        """Whether a server that is already running keeps the runs."""
-        return is_remote(self.study.tracking_uri)
+    def study(self) -> StudyRun:
+        """Where the study's run is. Raises NoAnswerError where the store was not reached."""
+        return self._reached().study
 
-    def url(self, server: str | None = None) -> str:
-        """The address of the study's Pareto page on `server`, by default the store's own."""
-        return page_url(server or self.study.tracking_uri, self.study.experiment_id, self.study.run_id)
+    @property
+    def page(self) -> str | None:
+        """The address of the study's Pareto page on a server that is already running; None where there is none."""
+        if self._store is None or not is_remote(self._tracking_uri):
+            return None
+        study = self._store.study
+        return page_url(study.tracking_uri, study.experiment_id, study.run_id)
 
     def trial_started(self, number: int, plan: Plan, origin: str) -> str | None:
         """The id of the trial's run, which holds the plan from now on; None where the store does not answer."""
@@ -173,41 +220,74 @@ class Tracker:
             )
         )
 
-    def update_front(self, rows: Sequence[Row], hypervolume: float, step: int) -> None:
-        """Makes the `pareto` tags true to the rows, changes only, and adds a point to the study's curve.
+    def update_front(
+        self, rows: Sequence[Row], hypervolume: float, step: int, story: Callable[[], Story] | None = None
+    ) -> None:
+        """Makes the `pareto` tags true to the rows, changes only, and adds a point to the study's curves.
 
-        A run that is in no row is off the front. A `step` that is on the curve already is not logged again.
+        A run that is in no row is off the front. A `step` that is on the curves already is not logged again. Front
+        table and `story` are written every half minute at most.
         """
         with self._keep_going("the front"):
             self._flush()
             self._update_rows(rows)
-            if step > self._last_step:
+            if step > self._reached().last_step:
                 n_front = sum(bool(row.get("pareto")) for row in rows)
-                points = {"hypervolume": hypervolume, "front_size": float(n_front)}
+                points = {"hypervolume": hypervolume, "front_size": float(n_front), **best_feasible(rows)}
                 self._client.log_batch(self.study.run_id, metrics=to_metrics(points, step))
-                self._last_step = step
+                self._reached().last_step = step
+            if story is not None and self._clock() >= self._next_story:
+                self._log_front(rows)
+                self._log_story(story())
+                # After the writing, which a slow server may take long for.
+                self._next_story = self._clock() + STORY_EVERY_S
 
-    def finish(
-        self, rows: Sequence[Row], *, report: str | None = None, title: str = "Pareto front", status: str = "FINISHED"
-    ) -> None:
-        """Ends the study's run with front table, pictures and report; `status` is FINISHED, KILLED or FAILED."""
+    def finish(self, rows: Sequence[Row], *, story: Story | None = None, status: str = "FINISHED") -> None:
+        """Ends the study's run with front table and story; `status` is FINISHED, KILLED or FAILED."""
         with self._keep_going("the end of the study"):
             self._flush()
             self._update_rows(rows)
             self._log_front(rows)
-            self._log_pictures(rows, title)
-            if report is not None:
-                self._client.log_text(self.study.run_id, report, "report.md")
-                self._client.set_tag(self.study.run_id, NOTE_TAG, shorten(report, NOTE_LENGTH))
+            if story is not None:
+                self._log_story(story)
             self._client.set_terminated(self.study.run_id, status=status)
+
+    def log_weights(self, number: int, plan: Plan, bundle: Path) -> None:
+        """Keeps a finished plan's folder of weights and artefact with its run, once."""
+        with self._keep_going(f"the weights of trial {number}"):
+            child = self._children.get(trial_key(number, plan))
+            if child is not None and bundle.is_dir() and child.tags.get(WEIGHTS_TAG) != "true":
+                self._client.log_artifacts(child.run_id, str(bundle), "plan")
+                self._change(child, {WEIGHTS_TAG: "true"}, {})
+
+    @property
+    def _client(self) -> "MlflowClient":
+        return self._reached().client
+
+    @property
+    def _children(self) -> dict[tuple[str, str], ChildRun]:
+        return self._reached().children
+
+    def _reached(self) -> _Reached:
+        """The store; asked again now and then where it did not answer before."""
+        if self._store is None:
+            if self._clock() < self._next_try:
+                raise _NotYetError
+            self._next_try = float("inf")
+            try:
+                self._store = self._reach()
+            finally:
+                # After the asking, which may take long.
+                self._next_try = self._clock() + TRY_EVERY_S
+        return self._store
 
     def _write(self, entry: Entry) -> str | None:
         """Writes the entry after those that the store did not take before."""
         self._pending.append(entry)
         with self._keep_going(f"{entry.key[0]} {entry.key[1]}"):
             self._flush()
-        child = self._children.get(entry.key)
-        return child.run_id if child else None
+            return self._children[entry.key].run_id
+        return None
 
     def _flush(self) -> None:
         while self._pending:
@@ -274,18 +354,24 @@ class Tracker:
         shown = json.dumps([{"path": "front.json", "type": "table"}])
         self._client.set_tag(self.study.run_id, "mlflow.loggedArtifacts", shown)
 
-    def _log_pictures(self, rows: Sequence[Row], title: str) -> None:
+    def _log_story(self, story: Story) -> None:
+        self._client.set_tag(self.study.run_id, NOTE_TAG, shorten(story.note, NOTE_LENGTH))
+        if not story.files:
+            return
         with tempfile.TemporaryDirectory() as folder:
-            page, picture = Path(folder) / "pareto.html", Path(folder) / "pareto.png"
-            page.write_text(pareto_html(rows, title), encoding="utf-8")
-            picture.write_bytes(pareto_png(rows, title))
-            for path in (page, picture):
-                self._client.log_artifact(self.study.run_id, str(path), "plots")
+            for name, content in story.files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+            self._client.log_artifacts(self.study.run_id, folder)
 
     @contextmanager
     def _keep_going(self, what: str) -> Iterator[None]:
         """Warns where the store fails, and lets the study go on."""
         try:
             yield
+        except _NotYetError:
+            pass
         except store_failures() as error:
-            logger.warning("MLflow did not take %s (%s); the study goes on and tries again", what, first_line(error))
+            text = "MLflow did not take %s (%s); the study goes on and tries again, also when it is run once more"
+            logger.warning(text, what, first_line(error))

@@ -22,6 +22,10 @@ PARENT_TAG = "mlflow.parentRunId"
 PAGE_SIZE = 1000
 
 
+class NoAnswerError(StudyError):
+    """A tracking server did not answer; nothing says that it is the wrong one."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyRun:
     """Where a study's run is: the store, the experiment, the run."""
@@ -94,7 +98,7 @@ def store_failures() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError)
+    return (MlflowException, SQLAlchemyError, OSError, NoAnswerError)
 
 
 def first_line(error: Exception) -> str:
@@ -104,12 +108,23 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def explained(tracking_uri: str) -> Iterator[None]:
-    """Turns a failure of the store into a StudyError that names it."""
+    """Turns a failure of the store into a StudyError that names it, a NoAnswerError where a server does not answer."""
     try:
         yield
     except store_failures() as error:
         reason = first_line(error)
+        if is_remote(tracking_uri) and _is_no_answer(error):
+            raise NoAnswerError(f"MLflow at {tracking_uri} does not answer: {reason}") from error
         raise StudyError(f"MLflow at {tracking_uri} cannot be used: {reason}; give another --tracking-uri") from error
+
+
+def _is_no_answer(error: BaseException) -> bool:
+    """Whether no server was reached: MLflow's own exception hides that of its connection."""
+    from requests.exceptions import ConnectionError as NoConnection
+    from requests.exceptions import Timeout
+
+    hidden = error.__cause__ or error.__context__
+    return isinstance(error, NoConnection | Timeout) or (hidden is not None and _is_no_answer(hidden))
 
 
 def open_experiment(client: "MlflowClient", tracking_uri: str, name: str) -> str:

@@ -48,9 +48,7 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynami
     With `dynamic` the first axis of inputs is of any length from 1 up. Raises MeasurementError where torch.export
     cannot.
     """
-    module, inputs = fix_weights(copy.deepcopy(model).cpu().eval()), structure_of(example)
-    for quantizer in activation_quantizers(module).values():
-        quantizer.fix()
+    module, inputs = exportable(model), structure_of(example)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     if dynamic and len(leaves[0]) == 1:
         # An axis of one row counts as fixed.
@@ -69,6 +67,14 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynami
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
     torch.export.save(program, path)
+
+
+def exportable(model: nn.Module) -> nn.Module:
+    """A copy of the model that torch.export takes: its quantizers as torch imitates them, their scales fixed."""
+    module = fix_weights(copy.deepcopy(model).cpu().eval())
+    for quantizer in activation_quantizers(module).values():
+        quantizer.fix()
+    return module
 
 
 def read_program(path: Path, target: Target, place: torch.device | None) -> Loaded:

@@ -1,0 +1,127 @@
+"""The export of a study's plan: which one, its folder, and its report; no user code is run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ranksearch.errors import StudyError
+from ranksearch.evaluation import FRONT_COLUMNS
+from ranksearch.export import PLAN, export_bundle
+from ranksearch.home import StudyHome, read_json
+from ranksearch.plan import Plan, Provenance
+from ranksearch.reports import ExportFacts, export_report, plan_layers
+from ranksearch.results import Row, choose, judged, resolve_goals
+from ranksearch.search_result import SearchResult, read_profile, read_result
+from ranksearch.spec import Goals
+
+
+def export_plan(
+    home: StudyHome,
+    destination: Path,
+    *,
+    goals: Goals,
+    minimize: str,
+    trial: int | None,
+    run_id: str | None,
+    force: bool,
+    storage: str | None,
+    add: Callable[[Path], None] = lambda _folder: None,
+) -> tuple[Row, str]:
+    """Writes the chosen trial's export folder; gives its row, and a sentence on why and how sure it is.
+
+    Without `trial` or `run_id` the plan with the least `minimize` is chosen that meets `goals`, or the study's own
+    where none is given. One that was trained in full is exported so. `add` may put more files into the folder. Raises
+    StudyError where there is no such plan, or its weights are gone.
+    """
+    result = read_result(home, storage)
+    if goals.limits():
+        result = _with_goals(result, goals)
+    row, note = _chosen(result, minimize, trial, run_id)
+    plan = result.plans[row["trial"]]
+    trained = next((record for record in result.full if record["trial"] == row["trial"]), None)
+    bundle = home.plan(plan.hash()) if trained is None else home.fully_trained(plan.hash())
+    if trained is not None:
+        row, note = trained, f"{note} Its weights are those of its full training."
+    if not (bundle / PLAN).is_file():
+        raise StudyError(f"the weights of trial {row['trial']} are gone; {_nearest(result, row)}")
+    record = read_json(home.study)
+    provenance = Provenance(study=record["name"], trial=row["trial"], seed=record.get("seed"))
+    measured = {name: row[name] for name in FRONT_COLUMNS} | {"dense_latency_ms": record["dense_latency_ms"]}
+    report = _report(result, row, plan, bundle, record)
+    export_bundle(bundle, destination, measured, report, provenance, force, add)
+    return row, note + _test_note(result, row)
+
+
+def _report(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Mapping[str, Any]) -> str:
+    script = record.get("script") or "STUDY.py"
+    written = Plan.read(bundle / PLAN).provenance or Provenance()
+    return export_report(
+        ExportFacts(
+            study=record["name"],
+            plan=plan,
+            row=row,
+            rows=[*result.rows, *result.controls],
+            layers=plan_layers(read_profile(result.home), plan),
+            target=record["target"],
+            machine=record["fingerprint"],
+            versions=written.versions,
+            files={path.name: path.stat().st_size for path in sorted(bundle.iterdir())},
+            max_drop=result.limits.max_drop,
+            noise_floor=record["noise_floor"],
+            seed=record.get("seed"),
+            notes=_notes(record, read_json(bundle / "runtime.json")),
+            commands=[f"ranksearch run {script}", f"ranksearch export {script} --trial {row['trial']} -o DIR"],
+        )
+    )
+
+
+def _notes(record: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
+    """What a report has to say of layers: why they were skipped, and which bits are smaller but no faster."""
+    skipped = [f"{name}: {reason}" for name, reason in record.get("skipped", {}).items()]
+    in_float = runtime.get("stayed_float", {})
+    return skipped + [
+        f"{name}: fewer bits in the file, computed in float ({kernel})" for name, kernel in in_float.items()
+    ]
+
+
+def _chosen(result: SearchResult, minimize: str, trial: int | None, run_id: str | None) -> tuple[Row, str]:
+    if trial is None and run_id is None:
+        row, sentence = choose(result.rows, minimize=minimize)
+        return row, f"Chosen as the least {minimize}; {sentence}."
+    wanted = f"trial {trial}" if trial is not None else f"MLflow run {run_id}"
+    for row in result.rows:
+        if row["trial"] == trial or (run_id is not None and row["run_id"] == run_id):
+            if row["accuracy"] is None:
+                raise StudyError(f"{wanted} was stopped before it was trained; export another")
+            return row, f"Chosen by its number; {'it meets' if row['feasible'] else 'it does not meet'} the goals."
+    raise StudyError(f"there is no {wanted} with values; `ranksearch front --all` lists them")
+
+
+def _nearest(result: SearchResult, row: Row) -> str:
+    """What to export in place of a row whose weights are gone: the most similar plan of the front that has its own."""
+    kept = [
+        r for r in result.rows if r["pareto"] and (result.home.plan(result.plans[r["trial"]].hash()) / PLAN).is_file()
+    ]
+    if not kept:
+        return "no plan of the front has any; run the study again with --new"
+    columns = ("accuracy_drop", "latency_ratio", "bytes_ratio")
+    nearest = min(kept, key=lambda r: sum((r[name] - row[name]) ** 2 for name in columns))
+    return f"the nearest plan of the front is --trial {nearest['trial']}: {nearest['summary']}"
+
+
+def _with_goals(result: SearchResult, goals: Goals) -> SearchResult:
+    """The result, judged by other goals."""
+    record = read_json(result.home.study)
+    limits = resolve_goals(goals, record["dense_accuracy"], record["dense_latency_ms"], record["dense_bytes"])
+    return replace(result, rows=[judged(row, limits) for row in result.rows], limits=limits)
+
+
+def _test_note(result: SearchResult, row: Row) -> str:
+    """What the test split says of the drop goal; empty where there is neither."""
+    limit = result.limits.max_drop
+    if limit is None or row["test_drop_low"] is None:
+        return ""
+    if row["test_drop_low"] > limit:
+        return f" On test data it misses the drop goal: its interval begins at {row['test_drop_low']:.4f}."
+    return f" On test data its drop is {row['test_accuracy_drop']:.4f}."
