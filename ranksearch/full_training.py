@@ -59,7 +59,7 @@ def finish(
         row, curve = _trained(bench, session, plan, place, told, should_abort)
         result = read_result(place, storage)
         row = judged(row | {"trial": trial, "origin": f"full training of trial {trial}"}, result.limits)
-        row["summary"] = summary(plan, row)
+        row["summary"] = summary(plan.summary(), row)
         # Before MLflow, which may fail.
         write_json(place.full, {**read_json(place.full), plan.hash(): row})
         told.stage("writing to MLflow")

@@ -128,7 +128,7 @@ class Listener:
         keep_within(
             self.home.plans,
             WEIGHTS_MAX_BYTES,
-            {r.plan.hash() for r in self.history if r.number in front or r.control},
+            {r.plan_hash for r in self.history if r.number in front or r.control},
         )
         self.told.trial_ended(record, row)
 
@@ -160,7 +160,7 @@ class Listener:
         write_atomically(self.home.report, page.encode())
         self.tracker.update_front(facts.rows, self._hypervolume(), step=len(self.history))
         for record in self._with_weights_to_log(facts):
-            self.tracker.log_weights(record.number, record.plan, self.home.plan(record.plan.hash()))
+            self.tracker.log_weights(record.number, record.plan, self.home.plan(record.plan_hash))
         self.tracker.finish(facts.all_rows, story=study_story(facts, page), status=status)
 
     def result(self) -> SearchResult:

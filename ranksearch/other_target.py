@@ -96,7 +96,7 @@ def _row(row: Row, plan: Plan, known: _Known) -> Row:
         return blank | {"summary": f"{plan.summary()}: cannot run there: {reason}"}
     on_runtime = {name.removeprefix("runtime_"): value for name, value in figures.items()}
     found = blank | {name: value for name, value in on_runtime.items() if name in FRONT_COLUMNS}
-    return found | {"summary": summary(plan, found)}
+    return found | {"summary": summary(plan.summary(), found)}
 
 
 def _ranked(rows: list[Row], objectives: Sequence[Objective], limits: ResolvedLimits) -> list[Row]:

@@ -8,7 +8,6 @@ from ranksearch.errors import NoPlanError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
 from ranksearch.optimization import Estimates, FurtherDrop, ResolvedLimits, TrialRecord, front
 from ranksearch.pareto import REFERENCE_POINT, hypervolume, knee
-from ranksearch.plan import Plan
 from ranksearch.remeasure import Figures, has_gap
 from ranksearch.spec import Goals, Objective
 
@@ -49,17 +48,17 @@ def trial_rows(
         if record.evaluation is None or record.duplicate_of is not None:
             continue
         row = _columns(record.evaluation) | {
-            name: value for name, value in remeasured.get(record.plan.hash(), {}).items() if name in FRONT_COLUMNS
+            name: value for name, value in remeasured.get(record.plan_hash, {}).items() if name in FRONT_COLUMNS
         }
         row |= {"trial": record.number, "run_id": record.run_id, "origin": record.origin}
         row |= {"pareto": record.number in on_front, "estimated_drop": estimates.get(record.number)}
-        rows.append(judged(row, limits) | {"summary": summary(record.plan, row)})
+        rows.append(judged(row, limits) | {"summary": summary(record.plan_summary, row)})
     return rows
 
 
 def gapped_trials(records: Sequence[TrialRecord], remeasured: Mapping[str, Figures]) -> list[int]:
     """The trials that the runtime scores otherwise than torch, by more than the width of the drop's interval."""
-    return [r.number for r in records if r.evaluation is not None and _has_gap(r.evaluation, remeasured)]
+    return [record.number for record in records if _has_gap(record, remeasured)]
 
 
 def unfinished_trials(records: Sequence[TrialRecord], gapped: Collection[int]) -> list[Unfinished]:
@@ -68,7 +67,7 @@ def unfinished_trials(records: Sequence[TrialRecord], gapped: Collection[int]) -
     for record in records:
         what, reason = _ending(record, record.number in gapped)
         if what:
-            found.append(Unfinished(trial=record.number, what=what, plan=record.plan.summary(), reason=reason))
+            found.append(Unfinished(trial=record.number, what=what, plan=record.plan_summary, reason=reason))
     return found
 
 
@@ -84,7 +83,7 @@ def _ending(record: TrialRecord, gapped: bool) -> tuple[str, str]:
 def evaluation_row(evaluation: Evaluation, limits: ResolvedLimits) -> Row:
     """An evaluation in the front's columns; what it does not say is None."""
     row = _columns(evaluation)
-    return judged(row, limits) | {"pareto": False, "summary": summary(evaluation.plan, row)}
+    return judged(row, limits) | {"pareto": False, "summary": summary(evaluation.plan.summary(), row)}
 
 
 def judged(row: Row, limits: ResolvedLimits) -> Row:
@@ -113,18 +112,17 @@ def _columns(evaluation: Evaluation) -> Row:
     return dict.fromkeys(FRONT_COLUMNS) | {name: value for name, value in evaluation if name in FRONT_COLUMNS}
 
 
-def _has_gap(evaluation: Evaluation, remeasured: Mapping[str, Figures]) -> bool:
-    figures = remeasured.get(evaluation.plan.hash())
-    return figures is not None and has_gap(_columns(evaluation), figures)
+def _has_gap(record: TrialRecord, remeasured: Mapping[str, Figures]) -> bool:
+    figures = remeasured.get(record.plan_hash)
+    return figures is not None and record.evaluation is not None and has_gap(_columns(record.evaluation), figures)
 
 
-def summary(plan: Plan, row: Mapping[str, Any]) -> str:
+def summary(plan: str, row: Mapping[str, Any]) -> str:
     """`14x tucker2 8/8, 4x none 8/8: 2.1x faster, 3.8x smaller, -0.4±0.3`; drops in points where scores are shares."""
-    what = plan.summary() if plan.changes() else "dense"
     figures = [_times(row["latency_ratio"], "faster", "slower"), _times(row["bytes_ratio"], "smaller", "larger")]
     if row.get("accuracy_drop") is not None:
         figures.append(_points(row))
-    return f"{what}: {', '.join(figures)}"
+    return f"{plan}: {', '.join(figures)}"
 
 
 def further_drops(remeasured: Mapping[str, Figures]) -> dict[str, FurtherDrop]:

@@ -297,7 +297,7 @@ def _to_measure_again(listener: Listener, data: Data) -> list[str]:
     if data.tiebreak is not None:
         numbers |= set(listener.near_ties())
     chosen = [r for r in listener.history if r.number in numbers or (r.control and r.evaluation is not None)]
-    hashes = dict.fromkeys(record.plan.hash() for record in chosen)
+    hashes = dict.fromkeys(record.plan_hash for record in chosen)
     missing = unmeasured(read_json(listener.home.remeasured), hashes, data)
     return [name for name in missing if listener.home.plan(name).is_dir()]
 

@@ -143,6 +143,25 @@ def test_pareto_tags_follow_the_front_and_the_curve_is_on_the_parent(store: str)
     assert [(point.step, point.value) for point in history] == [(3, 0.01), (4, 0.03)]
 
 
+def test_estimates_of_earlier_trials_are_brought_up_at_the_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = open_tracker(store)
+    rows = write_trials(tracker, 3)
+    changed: list[Row] = [row | {"estimated_drop": 0.01 + 0.001 * i} for i, row in enumerate(rows)]
+    written: list[str] = []
+    log_batch = type(tracker._client).log_batch
+
+    def counted(client: Any, run_id: str, *args: Any, **more: Any) -> None:
+        written.append(run_id)
+        log_batch(client, run_id, *args, **more)
+
+    monkeypatch.setattr(type(tracker._client), "log_batch", counted)
+    tracker.update_front(changed, 0.1, step=3)
+    assert written == [tracker.study.run_id], "one batch, whatever the number of trials"
+    tracker.finish(changed)
+    metrics = connect(store).get_run(str(rows[2]["run_id"])).data.metrics
+    assert metrics["estimated_drop"] == pytest.approx(0.012)
+
+
 def test_resuming_makes_no_duplicates_and_writes_only_what_changed(store: str) -> None:
     first = open_tracker(store)
     rows = write_trials(first, 3)

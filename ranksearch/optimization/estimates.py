@@ -87,7 +87,7 @@ class DropEstimator:
         drops = np.array([_drop(record) for record in scored], dtype=np.float64)
         deviations = np.array([drop_deviation(_interval(record), self._unit) for record in scored])
         for row, record in enumerate(scored if further else []):
-            if (known := further.get(record.plan.hash())) is not None:
+            if (known := further.get(record.plan_hash)) is not None:
                 other = known.value, drop_deviation((known.low, known.high), self._unit)
                 drops[row], deviations[row] = _together((drops[row], deviations[row]), other)
         distances = np.array([_distance(record) for record in scored], dtype=np.float64)

@@ -108,7 +108,7 @@ def _finished(search: Search) -> bool:
             return True
     if search.history.n_counted < search.n_trials:
         return False
-    tried = {record.plan.hash() for record in search.history.records if not record.queued_again}
+    tried = {record.plan_hash for record in search.history.records if not record.queued_again}
     controls = [search.profile.plan(seed.indices).hash() for seed in search.seeds if seed.control]
     return all(control in tried for control in controls)
 

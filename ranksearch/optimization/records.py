@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -26,7 +27,7 @@ STATES: dict[TrialState, State] = {
 DIED = "the process ended during this trial"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """One trial that was started.
 
@@ -46,6 +47,16 @@ class TrialRecord:
     duplicate_of: int | None = None
     queued_again: bool = False
     seconds: float | None = None
+
+    @cached_property
+    def plan_hash(self) -> str:
+        """The plan's hash: of hundreds of layers it takes milliseconds, and is asked for after every trial."""
+        return self.plan.hash()
+
+    @cached_property
+    def plan_summary(self) -> str:
+        """The plan's summary, for the same reason."""
+        return self.plan.summary()
 
     @property
     def counted(self) -> bool:
@@ -125,7 +136,7 @@ class History:
         """Appends one trial."""
         self.records.append(record)
         if record.duplicate_of is None and not record.queued_again:
-            self._by_hash.setdefault(record.plan.hash(), record)
+            self._by_hash.setdefault(record.plan_hash, record)
 
     def find(self, plan: Plan) -> TrialRecord | None:
         """The trial that already ran this plan, failed ones included, those queued again not."""

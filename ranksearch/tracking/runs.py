@@ -226,11 +226,12 @@ class Tracker:
         """Makes the `pareto` tags true to the rows, changes only, and adds a point to the study's curves.
 
         A run that is in no row is off the front. A `step` that is on the curves already is not logged again. Front
-        table and `story` are written every half minute at most.
+        table and `story` are written every half minute at most; the numbers of earlier trials, whose estimates move a
+        little with each new one, at the end.
         """
         with self._keep_going("the front"):
             self._flush()
-            self._update_rows(rows)
+            self._update_tags(rows)
             if step > self._reached().last_step:
                 n_front = sum(bool(row.get("pareto")) for row in rows)
                 points = {"hypervolume": hypervolume, "front_size": float(n_front), **best_feasible(rows)}
@@ -246,7 +247,9 @@ class Tracker:
         """Ends the study's run with front table and story; `status` is FINISHED, KILLED or FAILED."""
         with self._keep_going("the end of the study"):
             self._flush()
-            self._update_rows(rows)
+            self._update_tags(rows)
+            for child, row in self._ended(rows):
+                self._change(child, {}, row_metrics(row))
             self._log_front(rows)
             if story is not None:
                 self._log_story(story)
@@ -331,19 +334,22 @@ class Tracker:
             child.tags.update(new_tags)
             child.metrics.update(new_metrics)
 
-    def _update_rows(self, rows: Sequence[Row]) -> None:
-        """Brings every run up to its row; what is in no row leaves the front."""
-        by_run = {child.run_id: child for child in self._children.values()}
-        by_trial = {child.tags[PREFIX + "trial"]: child for child in by_run.values() if PREFIX + "trial" in child.tags}
-        seen = set()
-        for row in rows:
-            child = by_run.get(str(row.get("run_id"))) or by_trial.get(str(row.get("trial")))
-            if child is not None and child.ended:
-                seen.add(child.run_id)
-                self._change(child, row_tags(row), row_metrics(row))
-        for child in by_run.values():
+    def _update_tags(self, rows: Sequence[Row]) -> None:
+        """Brings every run's tags up to its row; what is in no row leaves the front."""
+        ended = self._ended(rows)
+        for child, row in ended:
+            self._change(child, row_tags(row), {})
+        seen = {child.run_id for child, _ in ended}
+        for child in self._children.values():
             if child.run_id not in seen and child.tags.get(PREFIX + "pareto") == "true":
                 self._change(child, {PREFIX + "pareto": "false", COLOUR_TAG: COLOURS["trial"]}, {})
+
+    def _ended(self, rows: Sequence[Row]) -> list[tuple[ChildRun, Row]]:
+        """The ended runs among those of the rows, each with its row."""
+        by_run = {child.run_id: child for child in self._children.values()}
+        by_trial = {child.tags[PREFIX + "trial"]: child for child in by_run.values() if PREFIX + "trial" in child.tags}
+        found = [(by_run.get(str(row.get("run_id"))) or by_trial.get(str(row.get("trial"))), row) for row in rows]
+        return [(child, row) for child, row in found if child is not None and child.ended]
 
     def _log_front(self, rows: Sequence[Row]) -> None:
         """The front as a table that MLflow shows; written anew, where MLflow's own log_table would append."""

@@ -33,13 +33,13 @@ def asking_ms() -> dict[str, Any]:
     return {"median_ms": float(np.median(took[-N_ASKED:])), "first_ms": took[0], "layers": N_LAYERS, "trials": N_TRIALS}
 
 
-def deep_profile() -> Profile:
+def deep_profile(n_layers: int = N_LAYERS) -> Profile:
     """Layers of random sensitivity, each with dense and some ranks in 32 and 8 bits."""
     rng = np.random.default_rng(0)
     layers = [
-        LayerProfile(name=f"layer{i}", candidates=_candidates(float(rng.lognormal(-7, 1)))) for i in range(N_LAYERS)
+        LayerProfile(name=f"layer{i}", candidates=_candidates(float(rng.lognormal(-7, 1)))) for i in range(n_layers)
     ]
-    return Profile(layers=tuple(layers), dense_latency_ms=1.2 * N_LAYERS, dense_bytes=5000 * N_LAYERS)
+    return Profile(layers=tuple(layers), dense_latency_ms=1.2 * n_layers, dense_bytes=5000 * n_layers)
 
 
 def _candidates(sensitivity: float) -> tuple[Candidate, ...]:
