@@ -20,6 +20,7 @@ from ranksearch.compression import calibrate_ranges, rebuild
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.home import read_json, write_json
 from ranksearch.layers import call_model, evaluating
+from ranksearch.load_example import LOAD_EXAMPLE, loading_script, with_ranksearch
 from ranksearch.plan import Plan, Provenance, Quantizer
 from ranksearch.quantization import activation_quantizers, freeze
 from ranksearch.spec import Batches
@@ -109,6 +110,7 @@ def load(directory: str | Path, model: nn.Module) -> nn.Module:
 def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path) -> None:
     """Writes a finished plan's folder: plan, packed weights, the target's artefact, an example and its output.
 
+    And `load_example.py`, since the modules that it spells out are here.
     Written aside and renamed, so that a folder of this name is whole.
     """
     target, runtime = bench.spec.target, bench.runtime
@@ -118,6 +120,7 @@ def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path
         artefact = runtime.serialise(model, bench.example, target, folder)
         session = runtime.open(artefact, target)
         _write_example(folder, bench.example, session.run(to_arrays(bench.example)))
+        (folder / LOAD_EXAMPLE).write_text(loading_script(plan, model, bench.example), encoding="utf-8")
         write_json(
             folder / RUNTIME,
             {
@@ -160,7 +163,9 @@ def export_bundle(
             shutil.copy2(path, folder / path.name)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         (folder / REPORT).write_text(report, encoding="utf-8")
-        (folder / "load_example.py").write_text(_LOAD_EXAMPLE, encoding="utf-8")
+        if not (folder / LOAD_EXAMPLE).is_file():
+            reason = "An earlier version, which knew no other way, tried this plan."
+            (folder / LOAD_EXAMPLE).write_text(with_ranksearch(reason), encoding="utf-8")
         add(folder)
         runtime = {**read_json(folder / RUNTIME), "measured": dict(measured)}
         runtime["sha256"] = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RUNTIME}
@@ -253,30 +258,3 @@ def named_values(values: Any) -> dict[str, Any]:
     if isinstance(values, tuple | list):
         return {str(i): value for i, value in enumerate(values)}
     return {"0": values}
-
-
-_LOAD_EXAMPLE = '''"""Loads this compressed model into the architecture of the study it came from, and runs its example.
-
-    python load_example.py STUDY.py
-"""
-
-import sys
-from pathlib import Path
-
-import torch
-
-import ranksearch as rs
-from ranksearch.export import named_values, read_example
-from ranksearch.layers import call_model
-from ranksearch.spec import load_study
-
-if len(sys.argv) != 2:
-    sys.exit("usage: python load_example.py STUDY.py, the script of the study that this was exported from")
-here = Path(__file__).parent
-model = rs.load(here, load_study(sys.argv[1]).model())
-inputs, expected = read_example(here)
-with torch.no_grad():
-    outputs = named_values(call_model(model, inputs))
-differences = [float((outputs[name] - expected[name]).abs().max()) for name in expected]
-print("largest difference to the recorded output:", max(differences))
-'''
