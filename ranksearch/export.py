@@ -235,13 +235,20 @@ def _write_example(folder: Path, inputs: Any, outputs: Any) -> None:
 
 
 def read_example(folder: str | Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The example of an export folder: its inputs as the model takes them, and the outputs by name."""
-    with safe_open(Path(folder) / EXAMPLE, framework="pt") as file:
-        kind = file.metadata()["inputs"]
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    inputs = {name.removeprefix("input."): tensor for name, tensor in tensors.items() if name.startswith("input.")}
-    outputs = {name.removeprefix("output."): tensor for name, tensor in tensors.items() if name.startswith("output.")}
-    return _INPUTS[kind](inputs), outputs
+    """The example of an export folder: its inputs as the model takes them, and the outputs by name.
+
+    Raises PlanError where it is missing or damaged.
+    """
+    path = Path(folder) / EXAMPLE
+    try:
+        with safe_open(path, framework="pt") as file:
+            kind = (file.metadata() or {})["inputs"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        inputs = {name.removeprefix("input."): tensor for name, tensor in tensors.items() if name.startswith("input.")}
+        outputs = {name.removeprefix("output."): value for name, value in tensors.items() if name.startswith("output.")}
+        return _INPUTS[kind](inputs), outputs
+    except (SafetensorError, OSError, KeyError) as error:
+        raise PlanError(f"{path} cannot be read as an example: {error}; export the plan again") from None
 
 
 _INPUTS: dict[str, Callable[[dict[str, Any]], Any]] = {

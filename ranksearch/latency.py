@@ -50,6 +50,17 @@ class Latency:
     n_blocks: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimesAlone:
+    """The times of single calls with nothing beside them, in milliseconds; `low_ms` to `high_ms` hold the median."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    p95_ms: float
+    n_calls: int
+
+
 def compare(candidate: Call, reference: Call, **options: Any) -> Latency:
     """The candidate's latency relative to the reference's, measured side by side; options are those of compare_all."""
     return compare_all([candidate], reference, **options)[0]
@@ -82,7 +93,7 @@ def compare_all(
     """
     if any(isinstance(candidate, DeviceTimed) != isinstance(reference, DeviceTimed) for candidate in candidates):
         raise MeasurementError("candidate and reference must be timed by one clock; make both calls with timed_call")
-    max_seconds = min(max_seconds, float(os.environ.get("RANKSEARCH_MAX_TIMING_SECONDS", "inf")))
+    max_seconds = min(max_seconds, _most_seconds())
     start = clock()
     timed = [_Timed("candidate", call, block_seconds, clock) for call in candidates]
     timed.append(_Timed("reference", reference, block_seconds, clock))
@@ -99,6 +110,40 @@ def compare_all(
             for of_candidate, took in zip(ratios, seconds, strict=False):
                 of_candidate.append(took / seconds[-1])
     return [_latency(of, call, timed[-1]) for of, call in zip(ratios, timed, strict=False)]
+
+
+def time_alone(
+    call: Call, *, max_seconds: float = 3.0, block_seconds: float = 0.02, clock: Clock = time.perf_counter
+) -> TimesAlone:
+    """How long the call takes, in blocks of `block_seconds` or one call for `max_seconds`, at least 6 blocks.
+
+    The median is that of the blocks' medians, with its 95 % interval, since calls that follow one another are not
+    independent. It holds for these seconds: what the machine does at other times it cannot know, which is why
+    latencies are compared side by side. `$RANKSEARCH_MAX_TIMING_SECONDS` caps `max_seconds`. Raises MeasurementError
+    where the call fails or takes no time by its clock.
+    """
+    max_seconds = min(max_seconds, _most_seconds())
+    timed, medians = _Timed("model", call, block_seconds, clock), list[float]()
+    start = clock()
+    with _no_garbage_collection():
+        while len(medians) < MIN_BLOCKS or clock() - start < max_seconds:
+            n_before = len(timed.seconds)
+            timed.run()
+            medians.append(1000 * statistics.median(timed.seconds[n_before:]))
+            if sum(timed.seconds[n_before:]) <= 0.0:
+                raise MeasurementError("the clock does not advance while the model runs; use a finer clock")
+    low, high = median_interval(medians)
+    return TimesAlone(
+        median_ms=statistics.median(medians),
+        low_ms=low,
+        high_ms=high,
+        p95_ms=timed.p95_ms(),
+        n_calls=len(timed.seconds),
+    )
+
+
+def _most_seconds() -> float:
+    return float(os.environ.get("RANKSEARCH_MAX_TIMING_SECONDS", "inf"))
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:

@@ -142,7 +142,7 @@ class Plan(_Value):
         """Reads a plan. Raises PlanError, naming `source` and each offending key."""
         try:
             version = json.loads(text).get("schema")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise PlanError(f"{source} is not a JSON object: {error}") from None
         if version != SCHEMA:
             raise PlanError(f'{source}: schema is {version!r}; this version reads "schema": {SCHEMA}')

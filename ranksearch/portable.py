@@ -30,8 +30,13 @@ Open = Callable[[Path], Callable[[Arrays], Arrays]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
-    """How a file is written and run; `needs` are the modules that takes, `extra` the part that installs them."""
+    """How a file is written and run; `needs` are the modules that takes, `extra` the part that installs them.
 
+    `runtime` is the one that times it.
+    """
+
+    file: str
+    runtime: str
     needs: tuple[str, ...]
     extra: str | None
     write: Write
@@ -154,7 +159,21 @@ def _open_pt2(path: Path) -> Callable[[Arrays], Arrays]:
 
 
 FORMATS: Mapping[str, Format] = {
-    "onnx": Format(needs=("onnx", "onnxruntime"), extra="onnxruntime", write=_write_onnx, open=_open_onnx),
-    "openvino": Format(needs=("openvino",), extra=None, write=_write_openvino, open=_open_openvino),
-    "pt2": Format(needs=("torch",), extra=None, write=_write_pt2, open=_open_pt2),
+    "onnx": Format(
+        file="portable.onnx",
+        runtime="onnxruntime",
+        needs=("onnx", "onnxruntime"),
+        extra="onnxruntime",
+        write=_write_onnx,
+        open=_open_onnx,
+    ),
+    "openvino": Format(
+        file="portable.xml",
+        runtime="openvino",
+        needs=("openvino",),
+        extra=None,
+        write=_write_openvino,
+        open=_open_openvino,
+    ),
+    "pt2": Format(file="portable.pt2", runtime="torch", needs=("torch",), extra=None, write=_write_pt2, open=_open_pt2),
 }

@@ -6,28 +6,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ranksearch.cache import content_hash
 from ranksearch.device import timed_cores
-from ranksearch.errors import RankSearchError, StudyError
-from ranksearch.export import (
-    PLAN,
-    RUNTIME,
-    WEIGHTS,
-    count_kernels,
-    file_sha256,
-    load,
-    named_values,
-    read_example,
+from ranksearch.errors import RankSearchError, RuntimeUnavailableError
+from ranksearch.export import PLAN, RUNTIME, WEIGHTS, count_kernels, load, read_example
+from ranksearch.export_record import (
+    ExportRecord,
+    changed_files,
+    is_as_written,
+    is_unchanged,
+    read_record,
+    relative_to,
+    told,
 )
-from ranksearch.home import read_json
 from ranksearch.layers import call_model, evaluating
 from ranksearch.plan import Plan
-from ranksearch.portable import relative_distance
+from ranksearch.portable import FORMATS, TOLERANCE, Format
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge
 from ranksearch.runtimes import differing_keys, get_runtime
 from ranksearch.spec import Target
+from ranksearch.trees import count_rows
 from ranksearch.workbench import Workbench, to_arrays
 
 # On a machine that others share a ratio may move by this much between two processes.
@@ -45,60 +42,81 @@ class Check:
     name: str
     holds: bool
     found: str
+    skipped: bool = False
+
+    @property
+    def word(self) -> str:
+        """What became of it."""
+        return "skipped" if self.skipped else "holds" if self.holds else "FAILS"
 
 
 def verify_folder(directory: Path) -> Iterator[Check]:
-    """Checks hashes, sizes, and the artefact's kernels and output, without the study.
+    """Checks hashes, sizes, the artefact's kernels and output, and that of portable files, without the study.
 
-    Raises StudyError where the folder is no export.
+    Raises a RankSearchError where the folder is no export, or what it claims cannot be looked at here.
     """
-    record = _read_record(directory)
+    record = read_record(directory)
     yield from _unchanged(directory, record)
     if not _is_whole(directory, record):
         # What a damaged file does when it is opened says nothing.
         return
-    size, claimed = (directory / WEIGHTS).stat().st_size, record["measured"]["model_bytes"]
+    size, claimed = (directory / WEIGHTS).stat().st_size, record.figure("model_bytes")
     yield Check(name="size is as claimed", holds=size == claimed, found=f"{size:,} of {claimed:,} bytes")
-    yield from _verify_artefact(directory, record)
+    inputs, expected = read_example(directory)
+    for found in FORMATS.values():
+        if (directory / found.file).is_file():
+            yield _verify_portable(directory, found, inputs, expected)
+    yield from _verify_artefact(directory, record, inputs, expected)
 
 
-def _read_record(directory: Path) -> dict[str, Any]:
-    record: dict[str, Any] = read_json(directory / RUNTIME)
-    missing = {"sha256", "target", "fingerprint", "artefact", "kernels", "measured"} - record.keys()
-    if missing:
-        raise StudyError(f"{directory} is no export folder: {RUNTIME} is missing or lacks {', '.join(sorted(missing))}")
-    return record
-
-
-def _unchanged(directory: Path, record: Mapping[str, Any]) -> Iterator[Check]:
+def _unchanged(directory: Path, record: ExportRecord) -> Iterator[Check]:
     """Whether each file is the one that was written."""
-    whole = record.get("checksum") == content_hash({key: record[key] for key in record if key != "checksum"})
+    whole = is_unchanged(directory)
     yield Check(name=f"{RUNTIME} is unchanged", holds=whole, found="its checksum " + ("holds" if whole else "differs"))
-    for name, digest in record["sha256"].items():
-        path = directory / name
-        holds = path.is_file() and file_sha256(path) == digest
+    for name, digest in record.sha256.items():
+        holds = is_as_written(directory, record, name)
         yield Check(name=f"{name} is unchanged", holds=holds, found=digest[:12] if holds else "differs or is missing")
 
 
-def _is_whole(directory: Path, record: Mapping[str, Any]) -> bool:
-    return all(check.holds for check in _unchanged(directory, record))
+def _is_whole(directory: Path, record: ExportRecord) -> bool:
+    return is_unchanged(directory) and not changed_files(directory, record)
 
 
-def _verify_artefact(directory: Path, record: Mapping[str, Any]) -> Iterator[Check]:
-    target = Target(**record["target"])
-    with timed_cores(target):
+def _verify_portable(directory: Path, form: Format, inputs: Any, expected: Mapping[str, Any]) -> Check:
+    """Whether a file for other programs gives the example's output; skipped where nothing here runs it."""
+    name = f"{form.file} gives the example's output"
+    try:
+        get_runtime(form.runtime)
+    except RuntimeUnavailableError as error:
+        return Check(name=name, holds=True, found=str(error), skipped=True)
+    target = Target(runtime=form.runtime, batch_size=max(1, count_rows(inputs)))
+    try:
+        with told(f"{form.file} does not run on the example"):
+            arrays = to_arrays(inputs)
+            session = get_runtime(form.runtime).open_portable(directory / form.file, arrays, target)
+            distance = relative_to(expected, session.run(arrays))
+    except RankSearchError as error:
+        return Check(name=name, holds=False, found=str(error))
+    return Check(name=name, holds=distance <= TOLERANCE, found=f"relative difference {distance:.1e}")
+
+
+def _verify_artefact(
+    directory: Path, record: ExportRecord, inputs: Any, expected: Mapping[str, Any]
+) -> Iterator[Check]:
+    target = record.target
+    with told(f"{record.artefact} cannot be opened"), timed_cores(target):
         runtime = get_runtime(target.runtime)
         runtime.check(target)
-        session = runtime.open(directory / record["artefact"], target)
-    kernels = count_kernels(session.kernels())
-    same_machine = not differing_keys(record["fingerprint"], runtime.fingerprint(target))
+        session = runtime.open(directory / record.artefact, target)
+        kernels = count_kernels(session.kernels())
+    same_machine = not differing_keys(record.fingerprint, runtime.fingerprint(target))
     yield Check(
         name="kernels are those that were timed",
-        holds=kernels == record["kernels"] or not same_machine,
+        holds=kernels == record.kernels or not same_machine,
         found=_listed(kernels) + ("" if same_machine else f" ({ELSEWHERE})"),
     )
-    inputs, expected = read_example(directory)
-    distance = _relative_distance(session.run(to_arrays(inputs)), expected)
+    with told(f"{record.artefact} does not run on the example"):
+        distance = relative_to(expected, session.run(to_arrays(inputs)))
     # Integer kernels round differently on other processors; on the same one the artefact gives the same numbers.
     tolerance = 1e-3 if same_machine else 5e-2
     yield Check(
@@ -113,7 +131,7 @@ def verify_rebuilt(directory: Path, bench: Workbench) -> Iterator[Check]:
 
     A damaged folder, which verify_folder tells, is left alone.
     """
-    if not _is_whole(directory, _read_record(directory)):
+    if not _is_whole(directory, read_record(directory)):
         return
     inputs, expected = read_example(directory)
     try:
@@ -121,9 +139,8 @@ def verify_rebuilt(directory: Path, bench: Workbench) -> Iterator[Check]:
     except RankSearchError as error:
         yield Check(name="rebuilds from plan and weights", holds=False, found=str(error))
         return
-    with evaluating(model):
-        outputs = call_model(model, inputs)
-    distance = _relative_distance(outputs, expected)
+    with told("the rebuilt model does not run on the example"), evaluating(model):
+        distance = relative_to(expected, call_model(model, inputs))
     yield Check(
         name="rebuilt in torch it gives the example's output",
         holds=distance <= 5e-2,
@@ -136,60 +153,50 @@ def verify_measured(directory: Path, bench: Workbench, max_seconds: float = MAX_
 
     A latency from another machine is not compared; a damaged folder, which verify_folder tells, is left alone.
     """
-    record = _read_record(directory)
+    record = read_record(directory)
     if not _is_whole(directory, record):
         return
-    if Target(**record["target"]) != bench.spec.target:
-        found = f"the study's is {bench.spec.target}, the folder's {record['target']}"
+    if record.target != bench.spec.target:
+        found = f"the study's is {bench.spec.target}, the folder's {record.target}"
         yield Check(name="the study's target is the folder's", holds=False, found=found)
         return
-    claimed = record["measured"]
     judge = Judge(bench, max_seconds)
-    open_anew = partial(bench.open, directory / record["artefact"])
-    yield _check_drop(judge.accuracy(open_anew(), "validation", "runtime_"), claimed)
-    same_machine = not differing_keys(record["fingerprint"], bench.runtime.fingerprint(bench.spec.target))
+    open_anew = partial(bench.open, directory / record.artefact)
+    yield _check_drop(judge.accuracy(open_anew(), "validation", "runtime_"), record)
+    same_machine = not differing_keys(record.fingerprint, bench.runtime.fingerprint(bench.spec.target))
     checks: list[Check] = []
     while len(checks) < LATENCY_ATTEMPTS and not any(check.holds for check in checks):
         # Opened anew: where its memory lies makes a difference too.
-        figures = judge.latency(open_anew(), claimed["dense_latency_ms"])
-        checks.append(_check_latency(figures, claimed, same_machine))
+        figures = judge.latency(open_anew(), record.figure("dense_latency_ms"))
+        checks.append(_check_latency(figures, record, same_machine))
     times = f", measured {len(checks)} times" if len(checks) > 1 else ""
     yield replace(checks[-1], found=checks[-1].found + times)
 
 
-def _check_drop(figures: Mapping[str, Any], claimed: Mapping[str, Any]) -> Check:
+def _check_drop(figures: Mapping[str, Any], record: ExportRecord) -> Check:
     """The worse end of the claimed interval bounds the drop; without an interval the claimed drop itself does."""
-    drop, high = figures["runtime_accuracy_drop"], claimed["drop_high"]
-    if high is None:
+    drop, claimed = figures["runtime_accuracy_drop"], record.figure("accuracy_drop")
+    if record.measured.get("drop_high") is not None:
+        high = record.figure("drop_high")
+    else:
         # Runtimes round differently, and no interval says by how much that may move the score.
-        high = claimed["accuracy_drop"] + SCORE_TOLERANCE * abs(claimed["accuracy"])
+        high = claimed + SCORE_TOLERANCE * abs(record.figure("accuracy"))
     return Check(
         name="the drop on validation data is within the claimed interval",
         holds=drop <= high + 1e-9,
-        found=f"{drop:.4f}, claimed {claimed['accuracy_drop']:.4f} and at most {high:.4f}",
+        found=f"{drop:.4f}, claimed {claimed:.4f} and at most {high:.4f}",
     )
 
 
-def _check_latency(figures: Mapping[str, Any], claimed: Mapping[str, Any], same_machine: bool) -> Check:
-    holds = figures["ratio_low"] <= claimed["ratio_high"] * (1 + LATENCY_TOLERANCE)
+def _check_latency(figures: Mapping[str, Any], record: ExportRecord, same_machine: bool) -> Check:
+    holds = figures["ratio_low"] <= record.figure("ratio_high") * (1 + LATENCY_TOLERANCE)
     return Check(
         name="the latency is as claimed",
         holds=holds or not same_machine,
-        found=f"{figures['latency_ratio']:.3f}x of dense, claimed {claimed['latency_ratio']:.3f}x"
+        found=f"{figures['latency_ratio']:.3f}x of dense, claimed {record.figure('latency_ratio'):.3f}x"
         + ("" if same_machine else f" ({ELSEWHERE})"),
     )
 
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n}x {kernel}" for kernel, n in counts.items())
-
-
-def _relative_distance(outputs: Any, expected: Mapping[str, Any]) -> float:
-    """The largest root mean square difference over the outputs, relative to the expected root mean square.
-
-    Infinite where outputs are missing, of another shape, or not finite.
-    """
-    found = {name: np.asarray(value, dtype=np.float64) for name, value in named_values(outputs).items()}
-    if found.keys() != expected.keys():
-        return float("inf")
-    return max(relative_distance(found[name], np.asarray(value, dtype=np.float64)) for name, value in expected.items())

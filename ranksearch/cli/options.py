@@ -61,7 +61,7 @@ def changed_target(text: str, target: Target) -> Target:
                 f"--target {part.strip()!r} cannot be read; write NAME=VALUE with a name of {', '.join(kinds)}"
             )
         numeric = "int" in str(kinds[name])
-        if numeric and not value.isdigit():
+        if numeric and not value.isdecimal():
             raise StudyError(f"--target {name} is {value!r}; it must be a whole number")
         changes[name] = int(value) if numeric else value
     return dataclasses.replace(target, **changes)

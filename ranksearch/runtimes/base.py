@@ -111,6 +111,17 @@ class AbstractRuntime(abc.ABC):
     def open(self, path: Path, target: Target) -> AbstractSession:
         """What `serialise` wrote, on the target."""
 
+    def open_portable(self, path: Path, inputs: Any, target: Target) -> AbstractSession:
+        """A `portable.*` file of this runtime's kind, on the target for inputs shaped as these arrays.
+
+        Raises RuntimeUnavailableError where the runtime reads none, MeasurementError where the file was written for
+        inputs of other shapes alone.
+        """
+        raise RuntimeUnavailableError(
+            f"runtime {self.name!r} reads no portable file, so it cannot open {path.name}; "
+            "name the runtime that the export was measured on"
+        )
+
     def weight_limit(self, target: Target) -> int:
         """The largest int8 weight code whose sums the target's kernels hold without saturating: 64 or 127."""
         return FULL_WEIGHT_LIMIT

@@ -54,12 +54,28 @@ def leaves_of(values: Any) -> list[Any]:
     return list(values) if isinstance(values, tuple | list) else [values]
 
 
+def named_shapes(inputs: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays by the names that they bear in portable files."""
+    names = port_names(structure_of(inputs), "input")
+    return {name: tuple(leaf.shape) for name, leaf in zip(names, leaves_of(inputs), strict=True)}
+
+
 def named_leaves(inputs: Any, wanted: Sequence[str]) -> dict[str, Any]:
     """The leaves of `inputs` by name, in the order that is `wanted`. Raises MeasurementError where names differ."""
     leaves = dict(zip(structure_of(inputs).names, leaves_of(inputs), strict=True))
     if set(leaves) != set(wanted):
         raise MeasurementError(f"inputs are {list(leaves)}; the model takes {list(wanted)}")
     return {name: leaves[name] for name in wanted}
+
+
+def check_fits(name: str, sizes: Sequence[int | None], wanted: Sequence[int]) -> None:
+    """Raises MeasurementError where a file whose input has these sizes, None for any, cannot take the wanted ones."""
+    fits = len(sizes) == len(wanted) and all(size in (None, of) for size, of in zip(sizes, wanted, strict=True))
+    if not fits:
+        shown = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise MeasurementError(
+            f"input {name!r} of the file has shape ({shown}), not {tuple(wanted)}; export it again, without --static"
+        )
 
 
 def check_shape(name: str, found: Sequence[int], wanted: Sequence[int]) -> None:

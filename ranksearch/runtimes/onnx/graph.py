@@ -1,10 +1,12 @@
 """An ONNX graph under change: its constants, and who makes and who reads each value. Without torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ranksearch.runtimes.structure import check_fits
 
 Array = NDArray[Any]
 FOLDED_CASTS = (np.uint8, np.int8)
@@ -170,3 +172,21 @@ def _copied(message: Any, name: str | None = None) -> Any:
     if name is not None:
         copy.name = name
     return copy
+
+
+def with_shapes(model: bytes, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """The serialised model for inputs of these shapes by name. Raises MeasurementError where they do not fit it."""
+    import onnx
+
+    # From bytes: what a model keeps in files of its own is not read, wherever those lie.
+    changed = onnx.load_from_string(model)
+    constants = {tensor.name for tensor in changed.graph.initializer}
+    for port in changed.graph.input:
+        if port.name in constants:
+            continue
+        sizes, wanted = port.type.tensor_type.shape.dim, shapes.get(port.name, ())
+        check_fits(port.name, [size.dim_value if size.HasField("dim_value") else None for size in sizes], wanted)
+        for size, value in zip(sizes, wanted, strict=True):
+            size.dim_value = value
+    found: bytes = changed.SerializeToString()
+    return found

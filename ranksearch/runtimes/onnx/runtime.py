@@ -17,6 +17,7 @@ from ranksearch.runtimes.base import (
     require,
 )
 from ranksearch.runtimes.onnx.session import OnnxSession, load_onnxruntime, provider_of
+from ranksearch.runtimes.structure import named_shapes
 from ranksearch.spec import Target
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ class OnnxRuntime(AbstractRuntime):
         if not Path(path).is_file():
             raise RuntimeUnavailableError(f"there is no ONNX model {path}")
         return self._session(Path(path).read_bytes(), target)
+
+    def open_portable(self, path: Path, inputs: Any, target: Target) -> AbstractSession:
+        from ranksearch.runtimes.onnx.graph import with_shapes
+
+        return self._session(with_shapes(Path(path).read_bytes(), named_shapes(inputs)), target)
 
     def quantize_own(
         self, model: "nn.Module", calibration_inputs: Iterable[Any], example: Any, target: Target

@@ -27,7 +27,7 @@ from ranksearch.runtimes.base import (
     require,
     stayed_float,
 )
-from ranksearch.runtimes.structure import Kind, Structure, check_shape, named_leaves
+from ranksearch.runtimes.structure import Kind, Structure, check_fits, check_shape, named_leaves, named_shapes
 from ranksearch.spec import Target
 
 if TYPE_CHECKING:
@@ -202,6 +202,14 @@ class OpenVINORuntime(AbstractRuntime):
         if not Path(path).is_file():
             raise RuntimeUnavailableError(f"there is no OpenVINO model {path}")
         return self._session(core().read_model(path), target)
+
+    def open_portable(self, path: Path, inputs: Any, target: Target) -> AbstractSession:
+        model, shapes = core().read_model(path), named_shapes(inputs)
+        for port in model.inputs:
+            sizes = [None if size.is_dynamic else size.get_length() for size in port.partial_shape]
+            check_fits(port.any_name, sizes, shapes.get(port.any_name, ()))
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+        return self._session(model, target)
 
     def quantize_own(
         self, model: "nn.Module", calibration_inputs: Iterable[Any], example: Any, target: Target

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -132,6 +133,15 @@ class TorchRuntime(AbstractRuntime):
         with out_of_memory_told(target):
             place = None if _kind(target) == "cpu" else self._accelerators().open(_index(target)).place
             return self._session(read_program(Path(path), target, place), target)
+
+    def open_portable(self, path: Path, inputs: Any, target: Target) -> AbstractSession:
+        from ranksearch.runtimes.pytorch.pt2 import read_program
+        from ranksearch.runtimes.pytorch.session import in_precision, out_of_memory_told
+
+        with out_of_memory_told(target):
+            place = None if _kind(target) == "cpu" else self._accelerators().open(_index(target)).place
+            loaded = read_program(Path(path), target, place)
+            return self._session(replace(loaded, example=in_precision(inputs, target)), target)
 
     def _session(self, loaded: "Loaded", target: Target) -> AbstractSession:
         from ranksearch.runtimes.pytorch.session import open_session

@@ -1,0 +1,127 @@
+"""Time an export folder on this machine, without the study that it came from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranksearch.device import check_cores, device_lock, timed_cores
+from ranksearch.errors import PlanError, StudyError
+from ranksearch.export import read_example
+from ranksearch.export_record import ExportRecord, changed_files, read_record, relative_to, told
+from ranksearch.latency import Call, Latency, TimesAlone, compare, time_alone, timed_call
+from ranksearch.portable import FORMATS
+from ranksearch.runtimes import differing_keys, get_runtime
+from ranksearch.runtimes.base import host_fingerprint
+from ranksearch.spec import Target
+from ranksearch.trees import count_rows, pick_rows
+from ranksearch.workbench import to_arrays
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderLatency:
+    """How long a folder's `file` takes on the target, and what the folder claims of itself.
+
+    `output_distance` is the relative difference to the example's output, None where the batch is another one. `differs`
+    is what sets this machine apart from the one that the folder was measured on, and `claimed` what was found there.
+    """
+
+    file: str
+    target: Target
+    times: TimesAlone
+    output_distance: float | None
+    differs: tuple[str, ...]
+    claimed_target: Target
+    claimed: dict[str, float]
+
+
+def time_folder(directory: Path, target: Target | None = None, *, max_seconds: float = 3.0) -> FolderLatency:
+    """Times the folder's model alone on the target, by default that of the folder.
+
+    On the folder's own runtime and batch its artefact is timed, else the portable file that the runtime reads. Raises
+    StudyError where the folder is no export, was changed, or has no such file; RuntimeUnavailableError where the
+    target cannot be run here; MeasurementError where the file does not run on it.
+    """
+    record = read_record(directory)
+    target = record.target if target is None else target
+    check_cores(target)
+    with timed_cores(target), device_lock(target):
+        opened = _open(directory, record, target)
+        times = time_alone(opened.call, max_seconds=max_seconds)
+        return FolderLatency(
+            file=opened.file,
+            target=target,
+            times=times,
+            output_distance=opened.output_distance,
+            differs=_differing(record, target),
+            claimed_target=record.target,
+            claimed={name: record.figure(name) for name in ("latency_ms", "latency_ratio")},
+        )
+
+
+def compare_folders(directory: Path, other: Path, target: Target, *, max_seconds: float = 10.0) -> Latency:
+    """The folder's latency relative to the other's on one target, measured side by side; raises as time_folder does."""
+    check_cores(target)
+    with timed_cores(target), device_lock(target):
+        candidate, reference = (_open(folder, read_record(folder), target) for folder in (directory, other))
+        return compare(candidate.call, reference.call, max_seconds=max_seconds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    file: str
+    call: Call
+    output_distance: float | None
+
+
+def _open(directory: Path, record: ExportRecord, target: Target) -> _Opened:
+    changed = changed_files(directory, record)
+    if changed:
+        raise StudyError(f"{directory}: {', '.join(changed)} missing or not as written; export the plan again")
+    inputs, expected = read_example(directory)
+    same_batch = target.batch_size == record.target.batch_size
+    if not same_batch:
+        inputs = _with_rows(inputs, target.batch_size)
+    runtime = get_runtime(target.runtime)
+    runtime.check(target)
+    is_own = same_batch and target.runtime == record.target.runtime
+    file = record.artefact if is_own else _portable_file(directory, record, target)
+    with told(f"{directory / file} does not run on {target}"):
+        arrays = to_arrays(inputs)
+        path = directory / file
+        session = runtime.open(path, target) if is_own else runtime.open_portable(path, arrays, target)
+        outputs = session.run(arrays)
+        distance = relative_to(expected, outputs) if same_batch else None
+        return _Opened(file=file, call=timed_call(session, arrays, target), output_distance=distance)
+
+
+def _portable_file(directory: Path, record: ExportRecord, target: Target) -> str:
+    """The file that the target's runtime reads where the folder's own artefact does not serve."""
+    wanted = f"{target.runtime} at batch {target.batch_size}"
+    own = f"{record.artefact} is for {record.target.runtime} at batch {record.target.batch_size}"
+    name = next((name for name, form in FORMATS.items() if form.runtime == target.runtime), None)
+    if name is None:
+        raise StudyError(f"{directory} has no file for {wanted}: {own}; leave --target out")
+    file = FORMATS[name].file
+    if not (directory / file).is_file():
+        raise StudyError(
+            f"{directory} has no {file}, which {wanted} takes: {own}; "
+            f"`ranksearch export STUDY.py -o DIR --{name}` writes it"
+        )
+    return file
+
+
+def _with_rows(inputs: Any, n_rows: int) -> Any:
+    """The example's rows as often as it takes to fill the batch."""
+    n_there = count_rows(inputs)
+    if n_there == 0:
+        raise PlanError("the example has no rows to fill another batch with; leave batch_size as it is")
+    return pick_rows(inputs, torch.arange(n_rows) % n_there)
+
+
+def _differing(record: ExportRecord, target: Target) -> tuple[str, ...]:
+    """What of this machine, and of the runtime where it is the folder's, is another than when the folder was made."""
+    is_own = target.runtime == record.target.runtime
+    now = get_runtime(target.runtime).fingerprint(target) if is_own else host_fingerprint()
+    return tuple(differing_keys(record.fingerprint, now))
