@@ -1,5 +1,7 @@
 """Time an export folder on this machine, without the study that it came from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from ranksearch.errors import PlanError, StudyError
 from ranksearch.export import read_example
 from ranksearch.export_record import ExportRecord, changed_files, read_record, relative_to, told
 from ranksearch.latency import Call, Latency, TimesAlone, compare, time_alone, timed_call
-from ranksearch.portable import FORMATS
+from ranksearch.portable import FORMATS, TOLERANCE
 from ranksearch.runtimes import differing_keys, get_runtime
 from ranksearch.runtimes.base import host_fingerprint
 from ranksearch.spec import Target
@@ -35,6 +37,11 @@ class FolderLatency:
     claimed_target: Target
     claimed: dict[str, float]
 
+    @property
+    def is_right(self) -> bool:
+        """Whether it gives the example's output, as far as that was compared."""
+        return self.output_distance is None or self.output_distance <= TOLERANCE
+
 
 def time_folder(directory: Path, target: Target | None = None, *, max_seconds: float = 3.0) -> FolderLatency:
     """Times the folder's model alone on the target, by default that of the folder.
@@ -45,8 +52,7 @@ def time_folder(directory: Path, target: Target | None = None, *, max_seconds: f
     """
     record = read_record(directory)
     target = record.target if target is None else target
-    check_cores(target)
-    with timed_cores(target), device_lock(target):
+    with _alone_on(target):
         opened = _open(directory, record, target)
         times = time_alone(opened.call, max_seconds=max_seconds)
         return FolderLatency(
@@ -62,10 +68,19 @@ def time_folder(directory: Path, target: Target | None = None, *, max_seconds: f
 
 def compare_folders(directory: Path, other: Path, target: Target, *, max_seconds: float = 10.0) -> Latency:
     """The folder's latency relative to the other's on one target, measured side by side; raises as time_folder does."""
-    check_cores(target)
-    with timed_cores(target), device_lock(target):
+    with _alone_on(target):
         candidate, reference = (_open(folder, read_record(folder), target) for folder in (directory, other))
         return compare(candidate.call, reference.call, max_seconds=max_seconds)
+
+
+@contextmanager
+def _alone_on(target: Target) -> Iterator[None]:
+    """While open, this process keeps to the target's cores and holds its device, which a runtime has here."""
+    check_cores(target)
+    with timed_cores(target):
+        get_runtime(target.runtime).check(target)
+        with device_lock(target):
+            yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +99,6 @@ def _open(directory: Path, record: ExportRecord, target: Target) -> _Opened:
     if not same_batch:
         inputs = _with_rows(inputs, target.batch_size)
     runtime = get_runtime(target.runtime)
-    runtime.check(target)
     is_own = same_batch and target.runtime == record.target.runtime
     file = record.artefact if is_own else _portable_file(directory, record, target)
     with told(f"{directory / file} does not run on {target}"):

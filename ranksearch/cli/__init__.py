@@ -319,6 +319,23 @@ def verify_command(
     verify_export(directory, study)
 
 
+@app.command("bench")
+def bench_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An export folder.")],
+    target: Annotated[
+        str | None, typer.Option("--target", help="As runtime=onnxruntime,threads=1; the rest is the folder's own.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="DIR", help="Another export folder, timed beside it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="What was measured as JSON.")] = False,
+) -> None:
+    """Time an export on this machine, without its study, also on another target or beside another export."""
+    from ranksearch.cli.reading import time_export
+
+    time_export(directory, target, against, as_json)
+
+
 @app.command("ui")
 def ui_command(
     script: OptionalScript = None,

@@ -1,18 +1,23 @@
-"""Commands that read what a study found: front, show, export, verify."""
+"""Commands that read what a study found: front, show, export, verify, bench."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ranksearch.cli.options import study_home
+from ranksearch.cli.options import changed_target, study_home
 from ranksearch.cli.terminal import print_front, print_table, say
 from ranksearch.errors import NoPlanError, RankSearchError, StudyError
 from ranksearch.home import StudyHome, read_json, studies_in
 from ranksearch.spec import Goals, Target, load_study
+
+if TYPE_CHECKING:
+    from ranksearch.folder_latency import FolderLatency
+    from ranksearch.latency import Latency
 
 EXIT_CHECK_FAILED = 1
 STUDY_COLUMNS = ("study", "trials", "front", "target", "last written", "best")
@@ -242,17 +247,78 @@ def verify_export(directory: Path, script: Path | None) -> None:
 
     if not directory.is_dir():
         raise StudyError(f"there is no export folder {directory}")
+    checks: list[Check] = []
     try:
-        checks = list(verify_folder(directory))
+        checks.extend(verify_folder(directory))
     except RankSearchError as error:
-        checks = [Check(name="it can be read", holds=False, found=str(error))]
+        checks.append(Check(name="it can be read and run", holds=False, found=str(error)))
     if script is not None and all(check.holds for check in checks):
         from ranksearch.workbench import open_workbench
 
         bench = open_workbench(load_study(script))
         checks += [*verify_rebuilt(directory, bench), *verify_measured(directory, bench)]
     for check in checks:
-        say(f"{'holds' if check.holds else 'FAILS'}  {check.name}: {check.found}")
+        say(f"{check.word}  {check.name}: {check.found}")
     if not all(check.holds for check in checks):
         raise typer.Exit(EXIT_CHECK_FAILED)
     say(f"{directory} does what it claims.")
+
+
+def time_export(directory: Path, target_text: str | None, against: Path | None, as_json: bool) -> None:
+    """Prints how long a folder takes here, and beside another where asked; exits 1 where its output is wrong."""
+    from ranksearch.export_record import read_record
+    from ranksearch.folder_latency import compare_folders, time_folder
+
+    for folder in (directory, against):
+        if folder is not None and not folder.is_dir():
+            raise StudyError(f"there is no export folder {folder}")
+    target = read_record(directory).target
+    target = target if target_text is None else changed_target(target_text, target)
+    found = time_folder(directory, target)
+    beside = None if against is None else compare_folders(directory, against, target)
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"against": None if beside is None else asdict(beside)}, indent=1))
+    else:
+        _say_times(directory, found, against, beside)
+    if not found.is_right:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _say_times(directory: Path, found: "FolderLatency", against: Path | None, beside: "Latency | None") -> None:
+    _say_alone(directory, found)
+    if beside is not None:
+        say(
+            f"against {against}: {beside.ratio:.3f}x [{beside.ratio_low:.3f}, {beside.ratio_high:.3f}], "
+            f"{beside.latency_ms:.3g} ms to {beside.reference_ms:.3g} ms side by side in {beside.n_blocks} blocks"
+        )
+    say(f"No dense model was timed beside it: `ranksearch verify {directory} --study STUDY.py` does that.")
+
+
+def _say_alone(directory: Path, found: "FolderLatency") -> None:
+    """What was measured of a folder, beside what it claims."""
+    times = found.times
+    say(f"{directory / found.file}, {_told_target(found.target)}:")
+    say(
+        f"median {times.median_ms:.3g} ms [{times.low_ms:.3g}, {times.high_ms:.3g}], "
+        f"95 % of calls within {times.p95_ms:.3g} ms, {times.n_calls} calls"
+    )
+    say(
+        f"It claims {found.claimed['latency_ms']:.3g} ms, {found.claimed['latency_ratio']:.3f}x of dense, "
+        f"for {_told_target(found.claimed_target)}."
+    )
+    if found.differs:
+        say(f"That was another machine or version: {', '.join(found.differs)} differ.")
+    if found.output_distance is None:
+        say("At another batch than the example's its output was not compared.")
+    else:
+        verdict = "it gives the example's output" if found.is_right else "FAILS: it gives another output than recorded"
+        say(f"{verdict}: relative difference {found.output_distance:.1e}")
+
+
+def _told_target(target: Target) -> str:
+    """The target in words."""
+    threads = "" if target.threads is None else f", {target.threads} threads" if target.threads > 1 else ", 1 thread"
+    cores = "" if target.cores is None else f" on cores {target.cores}"
+    mode = "" if target.mode == "eager" else f" {target.mode}"
+    where = f"{target.runtime}{mode} on {target.device}"
+    return f"{where}, {target.precision}, batch {target.batch_size}{threads}{cores}"
