@@ -11,7 +11,7 @@ import torch
 from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.export import read_example
-from ranksearch.export_record import ExportRecord, changed_files, read_record, relative_to, told
+from ranksearch.export_record import ExportRecord, can_run_code, changed_files, read_record, relative_to, told
 from ranksearch.latency import Call, Latency, TimesAlone, compare, time_alone, timed_call
 from ranksearch.portable import FORMATS, TOLERANCE
 from ranksearch.runtimes import differing_keys, get_runtime
@@ -43,17 +43,20 @@ class FolderLatency:
         return self.output_distance is None or self.output_distance <= TOLERANCE
 
 
-def time_folder(directory: Path, target: Target | None = None, *, max_seconds: float = 3.0) -> FolderLatency:
+def time_folder(
+    directory: Path, target: Target | None = None, *, trusted: bool = False, max_seconds: float = 3.0
+) -> FolderLatency:
     """Times the folder's model alone on the target, by default that of the folder.
 
     On the folder's own runtime and batch its artefact is timed, else the portable file that the runtime reads. Raises
-    StudyError where the folder is no export, was changed, or has no such file; RuntimeUnavailableError where the
-    target cannot be run here; MeasurementError where the file does not run on it.
+    StudyError where the folder is no export, was changed, has no such file, or one that can run code as it is opened
+    and is not `trusted`; RuntimeUnavailableError where the target cannot be run here; MeasurementError where the file
+    does not run on it.
     """
     record = read_record(directory)
     target = record.target if target is None else target
     with _alone_on(target):
-        opened = _open(directory, record, target)
+        opened = _open(directory, record, target, trusted)
         times = time_alone(opened.call, max_seconds=max_seconds)
         return FolderLatency(
             file=opened.file,
@@ -66,10 +69,12 @@ def time_folder(directory: Path, target: Target | None = None, *, max_seconds: f
         )
 
 
-def compare_folders(directory: Path, other: Path, target: Target, *, max_seconds: float = 10.0) -> Latency:
+def compare_folders(
+    directory: Path, other: Path, target: Target, *, trusted: bool = False, max_seconds: float = 10.0
+) -> Latency:
     """The folder's latency relative to the other's on one target, measured side by side; raises as time_folder does."""
     with _alone_on(target):
-        candidate, reference = (_open(folder, read_record(folder), target) for folder in (directory, other))
+        candidate, reference = (_open(folder, read_record(folder), target, trusted) for folder in (directory, other))
         return compare(candidate.call, reference.call, max_seconds=max_seconds)
 
 
@@ -90,7 +95,7 @@ class _Opened:
     output_distance: float | None
 
 
-def _open(directory: Path, record: ExportRecord, target: Target) -> _Opened:
+def _open(directory: Path, record: ExportRecord, target: Target, trusted: bool) -> _Opened:
     changed = changed_files(directory, record)
     if changed:
         raise StudyError(f"{directory}: {', '.join(changed)} missing or not as written; export the plan again")
@@ -101,6 +106,10 @@ def _open(directory: Path, record: ExportRecord, target: Target) -> _Opened:
     runtime = get_runtime(target.runtime)
     is_own = same_batch and target.runtime == record.target.runtime
     file = record.artefact if is_own else _portable_file(directory, record, target)
+    if can_run_code(target.runtime) and not trusted:
+        raise StudyError(
+            f"{directory / file} can run code as it is opened; pass --trust where you trust whoever wrote it"
+        )
     with told(f"{directory / file} does not run on {target}"):
         arrays = to_arrays(inputs)
         path = directory / file

@@ -11,6 +11,7 @@ from ranksearch.errors import RankSearchError, RuntimeUnavailableError
 from ranksearch.export import PLAN, RUNTIME, WEIGHTS, count_kernels, load, read_example
 from ranksearch.export_record import (
     ExportRecord,
+    can_run_code,
     changed_files,
     is_as_written,
     is_unchanged,
@@ -50,9 +51,10 @@ class Check:
         return "skipped" if self.skipped else "holds" if self.holds else "FAILS"
 
 
-def verify_folder(directory: Path) -> Iterator[Check]:
+def verify_folder(directory: Path, *, trusted: bool = False) -> Iterator[Check]:
     """Checks hashes, sizes, the artefact's kernels and output, and that of portable files, without the study.
 
+    Files that can run code as they are opened are skipped where whoever wrote the folder is not `trusted`.
     Raises a RankSearchError where the folder is no export, or what it claims cannot be looked at here.
     """
     record = read_record(directory)
@@ -63,10 +65,24 @@ def verify_folder(directory: Path) -> Iterator[Check]:
     size, claimed = (directory / WEIGHTS).stat().st_size, record.figure("model_bytes")
     yield Check(name="size is as claimed", holds=size == claimed, found=f"{size:,} of {claimed:,} bytes")
     inputs, expected = read_example(directory)
-    for found in FORMATS.values():
-        if (directory / found.file).is_file():
-            yield _verify_portable(directory, found, inputs, expected)
-    yield from _verify_artefact(directory, record, inputs, expected)
+    for form in FORMATS.values():
+        if (directory / form.file).is_file():
+            opens = trusted or not can_run_code(form.runtime)
+            yield _verify_portable(directory, form, inputs, expected) if opens else _not_trusted(form.file)
+    get_runtime(record.target.runtime)  # raises where there is none
+    if trusted or not can_run_code(record.target.runtime):
+        yield from _verify_artefact(directory, record, inputs, expected)
+    else:
+        yield _not_trusted(record.artefact)
+
+
+def _not_trusted(file: str) -> Check:
+    return Check(
+        name=f"{file} gives the example's output",
+        holds=True,
+        found="it can run code as it is opened; pass --trust, or --study, where you trust whoever wrote it",
+        skipped=True,
+    )
 
 
 def _unchanged(directory: Path, record: ExportRecord) -> Iterator[Check]:

@@ -79,7 +79,7 @@ def test_the_folders_own_target_is_the_default(bare: Path, bench: Workbench) -> 
 @pytest.mark.parametrize("n_rows", [1, 16, 21])
 def test_another_target_takes_the_portable_file(runtime: str, n_rows: int, small: Path, bench: Workbench) -> None:
     target = replace(bench.spec.target, runtime=runtime, batch_size=n_rows, threads=1)
-    found = time_folder(small, target, max_seconds=0.02)
+    found = time_folder(small, target, trusted=True, max_seconds=0.02)
     own = runtime == "openvino" and n_rows == 16
     assert found.file == ("model.xml" if own else FILES[runtime])
     assert (found.output_distance is None) == (n_rows != 16) and found.is_right
@@ -89,9 +89,9 @@ def test_another_target_takes_the_portable_file(runtime: str, n_rows: int, small
 def test_a_batch_that_the_file_does_not_take_is_told(runtime: str, static: Path, bench: Workbench) -> None:
     target = replace(bench.spec.target, runtime=runtime, batch_size=5)
     with pytest.raises(MeasurementError):
-        time_folder(static, target)
+        time_folder(static, target, trusted=True)
     if runtime != "openvino":
-        assert time_folder(static, replace(target, batch_size=16), max_seconds=0.02).is_right
+        assert time_folder(static, replace(target, batch_size=16), trusted=True, max_seconds=0.02).is_right
 
 
 def test_what_is_not_there_is_told_with_what_writes_it(bare: Path, bench: Workbench) -> None:
@@ -140,6 +140,9 @@ def test_the_command_tells_what_it_timed_and_what_is_claimed(
     ended = commands.run(tmp_path, "bench", small, "--target", "runtime=onnxruntime,threads=1", "--json")
     found = json.loads(ended.out)
     assert (found["file"], found["target"]["threads"], found["against"]) == ("portable.onnx", 1, None)
+    ended = commands.run(tmp_path, "bench", small, "--target", "runtime=torch")
+    assert ended.code == 2 and "can run code as it is opened; pass --trust" in ended.err
+    assert commands.run(tmp_path, "bench", small, "--target", "runtime=torch", "--trust").code == 0
     ended = commands.run(tmp_path, "bench", tmp_path / "nowhere")
     assert ended.code == 2 and "there is no export folder" in ended.err
 

@@ -18,6 +18,7 @@ from ranksearch.cli.options import (
     Storage,
     StudyName,
     TrackingUri,
+    Trust,
     duration_s,
 )
 from ranksearch.errors import NoPlanError, RankSearchError, StudyError
@@ -312,11 +313,12 @@ def verify_command(
     study: Annotated[
         Path | None, typer.Option("--study", metavar="STUDY.py", help="Also rebuild, score and time it.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Run an export, measure it, compare with what it claims; exit 1 where it does not hold."""
     from ranksearch.cli.reading import verify_export
 
-    verify_export(directory, study)
+    verify_export(directory, study, trust)
 
 
 @app.command("bench")
@@ -328,12 +330,13 @@ def bench_command(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="DIR", help="Another export folder, timed beside it.")
     ] = None,
+    trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="What was measured as JSON.")] = False,
 ) -> None:
     """Time an export on this machine, without its study, also on another target or beside another export."""
     from ranksearch.cli.reading import time_export
 
-    time_export(directory, target, against, as_json)
+    time_export(directory, target, against, trusted=trust, as_json=as_json)
 
 
 @app.command("ui")

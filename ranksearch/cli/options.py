@@ -35,6 +35,9 @@ Sampler = Annotated[
         "one of your own as module:Class.",
     ),
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Also open .pt2 files, which can run code: you trust whoever wrote them.")
+]
 MaxDrop = Annotated[str | None, typer.Option("--max-drop", help="Largest drop of the score: 1%, 1%rel or 0.01.")]
 MaxLatency = Annotated[str | None, typer.Option("--max-latency", help="Largest latency: 5ms or 0.5x.")]
 MaxSize = Annotated[str | None, typer.Option("--max-size", help="Largest size: 2MB or 25%.")]
