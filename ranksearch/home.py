@@ -1,7 +1,6 @@
 """Where a study's state lies on disk: names of files, nothing more."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 
 from ranksearch.cache import write_atomically
 from ranksearch.errors import StudyError
+from ranksearch.spec import MOVED_ASIDE
 
 DEFAULT_HOME = Path(".ranksearch")
-_MOVED_ASIDE = re.compile(r"\.old-\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +91,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def studies_in(home: Path) -> list[StudyHome]:
     """The studies under `home`, the most recently touched first; those that --new moved aside are left out."""
-    found = [StudyHome(file.parent) for file in home.glob("*/study.json") if not _MOVED_ASIDE.search(file.parent.name)]
+    found = [study for study in _folders(home) if not MOVED_ASIDE.search(study.name)]
     return sorted(found, key=lambda study: study.study.stat().st_mtime, reverse=True)
 
 
 def find_study(home: Path, name: str | None) -> StudyHome:
     """The study of that name, or the only one. Raises StudyError that lists what there is."""
     studies = studies_in(home)
-    if name is not None and StudyHome(home / name).study.is_file():
-        return StudyHome(home / name)
+    # Not home / name: `..` and other paths would lead out of the home.
+    named = [study for study in _folders(home) if study.name == name]
+    if named:
+        return named[0]
     if name is None and len(studies) == 1:
         return studies[0]
     listed = ", ".join(sorted(study.name for study in studies)) or "none; start one with `ranksearch run STUDY.py`"
     wanted = f"no study {name!r}" if name is not None else "more than one study" if studies else "no study"
     raise StudyError(f"{wanted} in {home} (there: {listed}); name a script or --study NAME, and --home where it lies")
+
+
+def _folders(home: Path) -> list[StudyHome]:
+    return [StudyHome(file.parent) for file in home.glob("*/study.json")]

@@ -18,6 +18,11 @@ Batches = Iterable[tuple[Any, Any]]
 Objective = Literal["drop", "latency", "bytes"]
 OBJECTIVES: tuple[Objective, ...] = ("drop", "latency", "bytes")
 WEIGHT_BITS = (32, 16, 8, 4)
+# Of a file's 255, the rest for ends such as `-front.parquet`.
+MAX_NAME_BYTES = 200
+MOVED_ASIDE = re.compile(r"\.old-\d+$")
+# Of ASCII what a path, a shell and MLflow's filters take as it is.
+_NAME = re.compile(r"(?![.\- \u200d])[\w.\- \u0080-\U0010ffff]+(?<! )")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,11 +231,25 @@ class StudySpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
-        if not re.fullmatch(r"\w[\w.\- ]*", self.name):
-            raise StudyError(f"study name {self.name!r}: use letters, digits, '_', '-', '.' and spaces, a letter first")
+        _check_name(self.name)
         unknown = [o for o in self.objectives if o not in OBJECTIVES]
         if unknown or len(self.objectives) < 2 or len(set(self.objectives)) != len(self.objectives):
             raise StudyError(f"objectives {self.objectives} must be two or three different ones out of {OBJECTIVES}")
+
+
+def _check_name(name: object) -> None:
+    """Raises StudyError for what cannot be at once a folder, an experiment of MLflow and a word on the command line."""
+    # The joiner cannot be seen, but makes one emoji of several.
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and name.replace("\u200d", "").isprintable()):
+        raise StudyError(
+            f"study name {name!r}: use letters, digits, '_', '-', '.', spaces and emoji, neither '-' nor '.' first and "
+            "no space at either end"
+        )
+    n_bytes = len(name.encode())
+    if n_bytes > MAX_NAME_BYTES:
+        raise StudyError(f"study name '{name[:20]}...' has {n_bytes} bytes; use {MAX_NAME_BYTES} at most")
+    if MOVED_ASIDE.search(name):
+        raise StudyError(f"study name {name!r}: what --new moves aside ends like that; use another end")
 
 
 def load_study(path: str | Path) -> StudySpec:

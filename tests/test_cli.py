@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 from command_line import Commands, Ended, Searched, write_study
 
 from ranksearch.evaluation import FRONT_COLUMNS
+from ranksearch.home import read_json
+from ranksearch.tracking import find_study
 
 
 @pytest.fixture
@@ -176,6 +179,19 @@ def test_export_in_formats_of_others(commands: Commands, searched: Searched, rea
     assert commands.run(folder, "verify", "best").code == 0
     ended = reading("export", "--study", "tiny", "-o", tmp_path / "named", "--onnx")
     assert ended.code == 2 and "--onnx rebuilds your model" in ended.err and not (tmp_path / "named").exists()
+
+
+def test_a_name_that_is_typed_in_quotes_works_everywhere(commands: Commands, tmp_path: Path) -> None:
+    name = "größe 📦 v1.0"
+    ended = commands.run(tmp_path, "run", write_study(tmp_path), "--name", name, "--trials", "0")
+    assert ended.code == 0, ended.err
+    suggested = [line.partition("ranksearch ")[2] for line in ended.out.splitlines() if "ranksearch export" in line]
+    for words in map(shlex.split, suggested):
+        assert commands.run(tmp_path, *words).code == 0, words
+    assert len(list(tmp_path.glob("größe-📦-v1.0-*/plan.json"))) == len(suggested) == 4
+    assert commands.run(tmp_path, "front", "--study", name).out.startswith(f"{name}: ")
+    uid = read_json(tmp_path / ".ranksearch" / name / "study.json")["uid"]
+    assert find_study(f"sqlite:///{tmp_path / 'mlflow.db'}", None, name, identity=uid).run_id
 
 
 def test_ui_serves_until_it_is_ended(searched: Searched, tmp_path: Path, commands: Commands) -> None:

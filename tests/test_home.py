@@ -42,6 +42,18 @@ def test_what_is_not_clear_lists_what_there_is(tmp_path: Path) -> None:
         find_study(tmp_path, "c")
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../other", "one/.", "one/", "a" * 300])
+def test_no_name_leads_out_of_the_home(name: str, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    start(home, "one")
+    start(tmp_path, "other")
+    write_json(tmp_path / "study.json", {})
+    with pytest.raises(StudyError, match=r"no study .*there: one"):
+        find_study(home, name)
+    with pytest.raises(StudyError, match=r"no study .*there: one"):
+        find_study(home, str(tmp_path / "other"))
+
+
 def test_a_study_that_was_moved_aside_is_found_by_its_name_alone(tmp_path: Path) -> None:
     study = start(tmp_path, "digits")
     aside = start(tmp_path, "digits.old-1", 3000)

@@ -151,10 +151,23 @@ def study_with(**changes: Any) -> StudySpec:
     return StudySpec(**{"name": "s", "model": unused, "data": unused, "loss": unused, "score": unused, **changes})
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", "../up", " leading"])
-def test_study_names_must_be_fit_for_files(name: str) -> None:
-    with pytest.raises(StudyError, match="study name"):
+UNFIT_NAMES = {
+    "": "letters", "..": "letters", ".hidden": "letters", "a/b": "letters", "../up": "letters", "/root": "letters",
+    " leading": "space", "trailing ": "space", "-o": "letters", "it's": "letters", 'a"b': "letters", "a\n": "letters",
+    "a\\b": "letters", "$HOME": "letters", "a\u2028b": "letters", "\u200d": "letters", None: "letters", 5: "letters",
+    "ü" * 101: "202 bytes; use 200", "digits.old-1": "--new moves aside",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "told"), UNFIT_NAMES.items(), ids=repr)
+def test_study_names_must_be_fit_for_files(name: Any, told: str) -> None:
+    with pytest.raises(StudyError, match=f"study name .*({told})"):
         study_with(name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "ResNet-20 v1.0", "größe_2", "日本", "📦 small", "👩\u200d💻", "ü" * 100])
+def test_study_names_may_be_in_any_script(name: str) -> None:
+    assert study_with(name=name).name == name
 
 
 @pytest.mark.parametrize("objectives", [("drop",), ("drop", "speed"), ("drop", "drop"), ()])

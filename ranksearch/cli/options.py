@@ -96,3 +96,8 @@ def typed(**values: object) -> str:
         for name, value in values.items()
         if value is not None and str(value) != assumed.get(name)
     )
+
+
+def folder_of(study: str, label: str) -> str:
+    """The folder that an export is suggested to go to, as it is typed."""
+    return shlex.quote(f"{study}-{label}".replace(" ", "-"))

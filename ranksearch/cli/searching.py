@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ranksearch.cli.options import changed_target, typed
+from ranksearch.cli.options import changed_target, folder_of, typed
 from ranksearch.cli.reading import check_format, export_choice, print_rows, verify_export
 from ranksearch.cli.stopping import StopSignals
 from ranksearch.cli.terminal import (
@@ -140,7 +140,8 @@ def _finish_trial(
             raise typer.Exit(EXIT_STOPPED) from None
     before = [r for r in read_result(StudyHome(home / study.name), storage).rows if r["trial"] == trial]
     print_front([*before, row], title=f"{study.name}: trial {trial}, and trained for {epochs:g} epochs")
-    say(f"ranksearch export{typed(study=study.name, trial=trial, home=home, storage=storage)} -o {study.name}-{trial}")
+    words = typed(study=study.name, trial=trial, home=home, storage=storage)
+    say(f"ranksearch export{words} -o {folder_of(study.name, str(trial))}")
 
 
 def front_elsewhere(script: Path, target: str, *, format: str, home: Path, storage: str | None) -> None:
@@ -265,8 +266,8 @@ def _print_result(result: "SearchResult", options: str) -> None:
     say(f"Trial {best['trial']}: {gain_sentence(best, [*result.rows, *result.controls])}")
     say("")
     for label, row in labelled.items():
-        folder = f"{result.home.name}-{label}".replace(" ", "-")
         words = typed(study=result.home.name, trial=row["trial"])
+        folder = folder_of(result.home.name, label)
         say(f"{label.replace('-', ' '):14} ranksearch export{words} -o {folder}{options}")
 
 
