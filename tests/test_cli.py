@@ -16,8 +16,10 @@ from typing import Any
 
 import pandas
 import pytest
+import typer.main
 from command_line import Commands, Ended, Searched, write_study
 
+from ranksearch.cli import app
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import read_json
 from ranksearch.tracking import find_study
@@ -48,30 +50,24 @@ def rows(reading: Any) -> list[dict[str, Any]]:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys\nsys.argv = ['ranksearch', '--help']\nfrom ranksearch.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "print({'torch', 'mlflow', 'optuna', 'pandas', 'numpy', 'openvino', 'plotly'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
-    for command in (
-        "demo",
-        "check",
-        "profile",
-        "run",
-        "finish",
-        "remeasure",
-        "evaluate",
-        "front",
-        "show",
-        "export",
-        "verify",
-        "bench",
-        "ui",
-        "clean",
-    ):
-        assert command in done.stdout
+    code = """
+import sys
+from ranksearch.cli import app, main
+import typer.main
+
+for words in [], *([name] for name in typer.main.get_command(app).commands):
+    sys.argv = ["ranksearch", *words, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+    heavy = {"torch", "mlflow", "optuna", "pandas", "numpy", "openvino", "plotly", "sklearn"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"Usage: ranksearch {command} " in done.stdout
 
 
 def test_check_and_profile(commands: Commands, searched: Searched, tmp_path: Path) -> None:
@@ -121,6 +117,15 @@ def test_studies_are_listed_with_their_best_plan(commands: Commands, searched: S
     assert "no study in" in commands.run(folder, "studies", "--home", "elsewhere").out
     ended = commands.run(folder, "studies", "--storage", f"sqlite:///{folder / 'none' / 'there.db'}")
     assert ended.code == 2 and "cannot open the Optuna storage" in ended.err
+
+
+@pytest.mark.parametrize("words", [["front", "--all"], ["show", "--trial", "0"], ["studies"], ["doctor"]], ids=str)
+def test_a_narrow_screen_cuts_nothing(commands: Commands, searched: Searched, tmp_path: Path, words: list[str]) -> None:
+    home = [] if words == ["doctor"] else ["--home", str(searched.home)]
+    narrow, wide = (commands.run(tmp_path, *words, *home, COLUMNS=width) for width in ("60", "500"))
+    assert narrow.code == 0, narrow.err
+    assert "…" not in narrow.out + wide.out
+    assert max(map(len, narrow.out.splitlines())) <= 60 < max(map(len, wide.out.splitlines()))
 
 
 def test_show(reading: Any, rows: list[dict[str, Any]], broken_script: Path) -> None:

@@ -1,11 +1,11 @@
 """What a person sees in the terminal: the progress of a study, and its tables."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,7 +15,8 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table
+
+from ranksearch.cli.tables import Columns, fitting, records_of, table_of
 
 if TYPE_CHECKING:
     from ranksearch.home import StudyHome
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-# Where there is no terminal to fit into.
-FILE_WIDTH = 120
-# Below this the plans get lines of their own.
+# Where there is no terminal to fit into a row is one line, unless COLUMNS says otherwise, as `watch` has it.
+FILE_WIDTH = 10_000
+# Below this the progress is told without a bar, and without the best plan so far.
 WIDE = 100
 TELL_EVERY_S = 60.0
 
 
 def _console(stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else FILE_WIDTH
+    width = None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else FILE_WIDTH
     return Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False, emoji=False, width=width)
 
 
@@ -52,10 +53,11 @@ class Terminal:
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._interactive = sys.stderr.isatty() and not quiet
         self._quiet, self._lines = quiet, lines
+        self._wide = err.width >= WIDE
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            *([BarColumn()] if self._wide else []),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[best]}", markup=False),
@@ -134,7 +136,9 @@ class Terminal:
             (err if self._interactive else self._lines).print(text)
 
     def _status(self) -> str:
-        best = "" if self._best is None else f"best feasible {_faster_by(self._best)}, {_smaller_by(self._best)}; "
+        best = ""
+        if self._wide and self._best is not None:
+            best = f"best feasible {_faster_by(self._best)}, {_smaller_by(self._best)}; "
         return f"{best}{duration(self._seconds_left())} left"
 
     def _seconds_left(self) -> float:
@@ -151,19 +155,19 @@ class Terminal:
 def print_front(rows: Sequence[Row], title: str) -> None:
     """The rows as a table, fastest first; drops in points where scores are shares."""
     unit = _unit(rows)
-    wide = out.width >= WIDE
     ordered = sorted(rows, key=lambda row: row["latency_ratio"])
-    estimated = wide and any(row.get("estimated_drop") is not None for row in ordered)
-    titles = ["trial", "drop", *(["estimate"] if estimated else []), "on test", *_FIGURES, "goals"]
-    titles += ["plan"] if wide else []
-    table = _table(titles, title=title)
-    table.caption, table.caption_justify = _legend(rows), "left"
-    for row in ordered:
-        cells = [_drop(row, "", unit), *([_estimate(row, unit)] if estimated else []), _drop(row, "test_", unit)]
-        cells += [show(row) for show in _FIGURES.values()]
-        table.add_row(_number(row), *cells, _goals(row), *([_plan(row)] if wide else []))
-    out.print(table)
-    if not wide:
+    columns = {"trial": [_number(row) for row in ordered], "drop": [_drop(row, "", unit) for row in ordered]}
+    if any(row.get("estimated_drop") is not None for row in ordered):
+        columns["estimate"] = [_estimate(row, unit) for row in ordered]
+    columns["on test"] = [_drop(row, "test_", unit) for row in ordered]
+    columns |= {name: [show(row) for row in ordered] for name, show in _FIGURES.items()}
+    columns |= {"goals": [_goals(row) for row in ordered], "plan": [_plan(row) for row in ordered]}
+    shown = _print_fitting(columns, _IMPORTANCE, title)
+    _print_text(_legend(rows))
+    _print_left_out(
+        [name for name in columns if name not in (*shown, "plan")], "`ranksearch front --format json` has all"
+    )
+    if "plan" not in shown:
         for row in ordered:
             say(f"trial {_number(row)}: {_plan(row)}")
 
@@ -181,22 +185,49 @@ def print_controls(rows: Sequence[Row]) -> None:
     """What a user has without a search; what could not be measured comes after, with its reason."""
     measured = [row for row in rows if row["latency_ratio"] is not None]
     unit = _unit(measured)
-    table = _table(["drop", "on test", *_FIGURES, "without a search"], title="")
-    for row in measured:
-        cells = [_drop(row, "", unit), _drop(row, "test_", unit), *(show(row) for show in _FIGURES.values())]
-        table.add_row(*cells, str(row["origin"]).removeprefix("control: "))
-    out.print(table)
+    columns = {
+        "drop": [_drop(row, "", unit) for row in measured],
+        "on test": [_drop(row, "test_", unit) for row in measured],
+    }
+    columns |= {name: [show(row) for row in measured] for name, show in _FIGURES.items()}
+    columns["without a search"] = [str(row["origin"]).removeprefix("control: ") for row in measured]
+    shown = _print_fitting(columns, ("without a search", *_IMPORTANCE), "")
+    _print_left_out([name for name in columns if name not in shown], "a wider screen or a file has all")
     for row in rows:
         if row["latency_ratio"] is None:
             say(f"  {row['summary']}")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A plain table; numbers are right-aligned."""
-    table = _table(columns, title)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    """A plain table; on a screen that is too narrow for it every row is a paragraph."""
+    cells = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+    _print_text(title, style="bold")
+    table = table_of(cells, out.width)
+    if table is not None:
+        out.print(table)
+        return
+    for record in records_of(cells):
+        out.print(record)
+        say("")
+
+
+def _print_fitting(columns: Columns, importance: Sequence[str], title: str) -> Columns:
+    """Prints the columns for which the screen has room, and gives them."""
+    shown = fitting(columns, [name for name in importance if name in columns], out.width)
+    _print_text(title, style="bold")
+    out.print(table_of(shown, out.width))
+    return shown
+
+
+def _print_left_out(names: Sequence[str], where: str) -> None:
+    if names:
+        _print_text(f"no room on {out.width} columns for {', '.join(names)}: {where}")
+
+
+def _print_text(text: str, style: str | None = None) -> None:
+    """Text that breaks between words."""
+    if text:
+        out.print(text, style=style, soft_wrap=False)
 
 
 def say(text: str) -> None:
@@ -217,20 +248,8 @@ _FIGURES: dict[str, Callable[[Row], str]] = {
     "size": lambda row: _size(row["model_bytes"]),
     "smaller": lambda row: f"{1 / row['bytes_ratio']:.2f}x",
 }
-# Columns of long cells, which wrap where the terminal is narrow, so that figures are never cut.
-_WRAPPED_COLUMNS = ("plan", "why", "mildest that is faster", "smallest", "breaks even at", "best")
-_TEXT_COLUMNS = (
-    *_WRAPPED_COLUMNS, "goals", "without a search", "layer", "choice",
-    "machine", "runtime", "version", "device", "mode", "precisions", "study", "target", "last written",
-)  # fmt: skip
-
-
-def _table(columns: Sequence[str], title: str) -> Table:
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        text = name in _TEXT_COLUMNS or name.startswith("trial ")
-        table.add_column(name, justify="left" if text else "right", no_wrap=name not in _WRAPPED_COLUMNS)
-    return table
+# Which columns have the room on a narrow screen.
+_IMPORTANCE = ("trial", "drop", "faster", "smaller", "on test", "goals", "latency", "size", "estimate", "plan")
 
 
 def _number(row: Row) -> str:
