@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # The others have tests of their own, beside what is checked of all.
 SELF_CONTAINED = ("README", "choosing_a_target", "cookbook", "goals", "reading_the_front", "your_model")
-N_TRIALS = "5"
+N_TRIALS = "3"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 # What would not end, asks a question or takes minutes, and where it is run.
@@ -59,6 +59,21 @@ def is_only_a_name(command: str, *words: str) -> bool:
     """Whether a command is spoken of without the arguments that it needs."""
     group = typer.main.get_command(app)
     return not words and any(param.required for param in group.commands[command].params)  # type: ignore[attr-defined]
+
+
+def commands_by_first_page() -> dict[Path, list[list[str]]]:
+    """What is run for each page: the same command on several pages is run for the first of them."""
+    found: dict[Path, list[list[str]]] = {}
+    seen = []
+    for page in PAGES_OF_READERS:
+        for words in commands_of(page):
+            if words[0] not in RUN_ELSEWHERE and words not in seen:
+                seen.append(words)
+                found.setdefault(page, []).append(words)
+    return found
+
+
+COMMANDS = commands_by_first_page()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +118,12 @@ def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch:
         exec(compile(block, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES_OF_READERS if commands_of(page)], ids=named)
+@pytest.mark.parametrize("page", list(COMMANDS), ids=named)
 def test_commands_run(page: Path, reader: Reader, commands: Commands, tmp_path: Path) -> None:
     folder, empty = tmp_path / "copy", tmp_path / "empty"
     shutil.copytree(reader.folder, folder)
     empty.mkdir()
-    for words in commands_of(page):
-        if words[0] in RUN_ELSEWHERE:
-            continue
+    for words in COMMANDS[page]:
         if "-o" in words:
             # A page's exports to one folder are alternatives.
             shutil.rmtree(folder / words[words.index("-o") + 1], ignore_errors=True)
