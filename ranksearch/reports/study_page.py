@@ -205,7 +205,6 @@ def _commands(facts: StudyFacts) -> list[str]:
     script = facts.record.get("script") or "STUDY.py"
     words = [["ranksearch", "run", str(script)]]
     for label, trial in facts.recommended.items():
-        words.append(
-            ["ranksearch", "export", "--study", facts.name, "--trial", str(trial), "-o", f"{facts.name}-{label}"]
-        )
+        folder = f"{facts.name}-{label}".replace(" ", "-")
+        words.append(["ranksearch", "export", "--study", facts.name, "--trial", str(trial), "-o", folder])
     return [shlex.join(line) for line in words]
