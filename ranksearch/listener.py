@@ -157,7 +157,11 @@ class Listener:
         self.told.stage("writing the report, and the front to MLflow")
         facts = self._facts()
         page = study_page(facts)
-        write_atomically(self.home.report, page.encode())
+        try:
+            write_atomically(self.home.report, page.encode())
+        except OSError as error:
+            # All that it tells is kept elsewhere.
+            self.told.stage(f"warning: {self.home.report} cannot be written: {error}")
         self.tracker.update_front(facts.rows, self._hypervolume(), step=len(self.history))
         for record in self._with_weights_to_log(facts):
             self.tracker.log_weights(record.number, record.plan, self.home.plan(record.plan_hash))

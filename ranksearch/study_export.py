@@ -1,5 +1,6 @@
 """The export of a study's plan: which one, its folder, and its report; no user code is run."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def export_plan(
 
 
 def _report(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Mapping[str, Any]) -> str:
-    script = record.get("script") or "STUDY.py"
+    script, study = (shlex.quote(word) for word in (record.get("script") or "STUDY.py", record["name"]))
     written = Plan.read(bundle / PLAN).provenance or Provenance()
     return export_report(
         ExportFacts(
@@ -71,7 +72,10 @@ def _report(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Ma
             noise_floor=record["noise_floor"],
             seed=record.get("seed"),
             notes=_notes(record, read_json(bundle / "runtime.json")),
-            commands=[f"ranksearch run {script}", f"ranksearch export {script} --trial {row['trial']} -o DIR"],
+            commands=[
+                f"ranksearch run {script} --name {study}",
+                f"ranksearch export --study {study} --trial {row['trial']} -o DIR",
+            ],
         )
     )
 

@@ -130,7 +130,7 @@ def _study(facts: StudyFacts) -> dict[str, str]:
         "dense": f"scores {record['dense_accuracy']:.4f}, {record['dense_latency_ms']:.3g} ms, "
         f"{bytes_text(record['dense_bytes'])}",
         "target": f"{target['runtime']} on {target['device']}, batch {target['batch_size']}, "
-        f"{target.get('threads') or 'all'} threads, precision {target['precision']}",
+        f"threads {target.get('threads') or 'all'}, precision {target['precision']}",
         "noise floor": f"±{record['noise_floor']:.1%}: the same model against itself",
         "goals": goals_text(facts.goals),
         "trials": f"{n_searched}, {facts.n_front} plans on the front, "
@@ -203,7 +203,7 @@ def _left_out(facts: StudyFacts) -> tuple[str, ...]:
 def _commands(facts: StudyFacts) -> list[str]:
     """What runs it again and exports its plans."""
     script = facts.record.get("script") or "STUDY.py"
-    words = [["ranksearch", "run", str(script)]]
+    words = [["ranksearch", "run", str(script), "--name", facts.name]]
     for label, trial in facts.recommended.items():
         folder = f"{facts.name}-{label}".replace(" ", "-")
         words.append(["ranksearch", "export", "--study", facts.name, "--trial", str(trial), "-o", folder])
