@@ -57,7 +57,8 @@ def make_row(trial: int, drop: float, ratio: float, n_bytes: int, **more: object
         "trial": trial, "run_id": None, "summary": f"1x svd 8/8: {1 / ratio:.1f}x faster", "accuracy": 0.9 - drop,
         "accuracy_drop": drop, "drop_low": drop - 0.004, "drop_high": drop + 0.004, "latency_ms": 10 * ratio,
         "latency_ratio": ratio, "ratio_low": ratio * 0.98, "ratio_high": ratio * 1.02, "model_bytes": n_bytes,
-        "bytes_ratio": n_bytes / 1e6, "feasible": drop < 0.01, "surely_feasible": False, "pareto": True,
+        "bytes_ratio": n_bytes / 1e6,
+        "macs": 10 * n_bytes, "feasible": drop < 0.01, "surely_feasible": False, "pareto": True,
         "rung": "fine_tuned", "origin": "prices", "test_accuracy": None,
     }  # fmt: skip
     return row | more
@@ -415,7 +416,7 @@ def test_the_pareto_page_shows_table_scatters_and_the_picture(
     experiment_id, run_id = tracker.study.experiment_id, tracker.study.run_id
     with serve(store, 5000) as server, chromium(tmp_path / "profile") as browser:
         browser.open(page_url(server.url, experiment_id, run_id, "TABLE"))
-        columns = ("accuracy_drop", "latency_ratio", "model_bytes", "ranksearch.feasible", "ranksearch.pareto")
+        columns = ("accuracy_drop", "latency_ratio", "model_bytes", "macs", "ranksearch.feasible", "ranksearch.pareto")
         for text in (*columns, "8 matching runs", "1x svd 8/8: 1.5x faster", "Sort: latency_ratio"):
             browser.wait_for(f"document.body.innerText.includes({text!r})")
         browser.open("about:blank")

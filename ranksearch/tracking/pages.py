@@ -26,6 +26,7 @@ COLUMNS = (
     "metrics.`accuracy_drop`",
     "metrics.`latency_ratio`",
     "metrics.`model_bytes`",
+    "metrics.`macs`",
     f"tags.`{PREFIX}feasible`",
     f"tags.`{PREFIX}pareto`",
 )
