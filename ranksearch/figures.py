@@ -144,6 +144,16 @@ def pareto_figure(rows: Sequence[Row], title: str = "Pareto front") -> "Figure":
     return figure
 
 
+def figure_html(figure: "Figure", with_plotly: bool = True, *, full: bool = False) -> str:
+    """A figure as HTML that asks for nothing outside itself; plotly's library is 5 MB; `full` makes a whole page."""
+    # plotly shows a button that uploads the chart; a study's figures are nobody else's.
+    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
+    # A height of its own: inside MLflow's frame there is none to take a share of.
+    height = figure.layout.height or 680
+    page = figure.to_html(include_plotlyjs=with_plotly, full_html=full, config=config, default_height=f"{height}px")
+    return str(page)
+
+
 def pareto_png(rows: Sequence[Row], title: str = "Pareto front") -> bytes:
     """The same picture as PNG, 1400 x 600 pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

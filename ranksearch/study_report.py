@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ranksearch.candidates import Profile
-from ranksearch.figures import layers_figure, pareto_figure, pareto_png
+from ranksearch.figures import figure_html, layers_figure, pareto_figure, pareto_png
 from ranksearch.home import StudyHome, read_json
-from ranksearch.reports import StudyFacts, figure_html, plan_layers, study_note, study_page
+from ranksearch.reports import StudyFacts, plan_layers, study_note, study_page
 from ranksearch.results import default_choice, recommended, thin
 from ranksearch.search_result import SearchResult, read_profile, read_result
 from ranksearch.tracking import Story
@@ -31,7 +31,7 @@ def study_story(facts: StudyFacts, page: str) -> Story:
     }
     if facts.layers and facts.chosen is not None:
         title = f"{facts.name}: trial {facts.chosen['trial']}, layer by layer"
-        files["plots/layers.html"] = figure_html(layers_figure(facts.layers, title), with_plotly=True, full=True)
+        files["plots/layers.html"] = figure_html(layers_figure(facts.layers, title), full=True)
     return Story(note=study_note(facts), files=files)
 
 
@@ -42,7 +42,7 @@ def running_story(facts: StudyFacts) -> Story:
 
 def _pareto_page(facts: StudyFacts) -> dict[str, str | bytes]:
     picture = pareto_figure(facts.all_rows, facts.name)
-    return {"plots/pareto.html": figure_html(picture, with_plotly=True, full=True)}
+    return {"plots/pareto.html": figure_html(picture, full=True)}
 
 
 def study_facts(result: SearchResult, record: Mapping[str, Any], profile: Profile) -> StudyFacts:

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranksearch.figures import Row, kind, layers_figure, measured, number, pareto_figure, pareto_png
-from ranksearch.reports import figure_html
+from ranksearch.figures import Row, figure_html, kind, layers_figure, measured, number, pareto_figure, pareto_png
 
 ROWS: list[Row] = [
     {"trial": 0, "summary": "dense", "origin": "control: dense", "accuracy_drop": 0.0, "latency_ratio": 1.0,
@@ -55,7 +54,7 @@ def test_the_figure_shows_measured_rows_with_intervals_and_summaries() -> None:
 
 
 def test_the_page_is_whole_and_has_no_upload_button() -> None:
-    page = figure_html(pareto_figure(ROWS, "digits"), with_plotly=True, full=True)
+    page = figure_html(pareto_figure(ROWS, "digits"), full=True)
     sources = Sources()
     sources.feed(page)
     assert [source for source in sources.found if source.startswith(("http", "//"))] == []

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "ranksearch"
 # A room is a top-level module or package. A new one gets its floor here, in the same change; a room between two
 # floors of the design stands on a landing (a half).
 FLOORS: dict[str, float] = {
-    "errors": 0, "goals": 0.5, "intervals": 0, "recovery_settings": 0.5, "pareto": 0, "retention": 0,
+    "errors": 0, "goals": 0.5, "intervals": 0, "recovery_settings": 0.5, "pareto": 0, "retention": 0, "versions": 0,
     "cache": 1, "figures": 1, "latency_model": 1, "layers": 1, "loss_model": 1, "plan": 1, "spec": 1,
     "surgery": 1, "trees": 1,
     "candidates": 2, "decompositions": 2, "device": 2, "home": 2, "load_example": 2, "machine": 2,
@@ -22,11 +22,13 @@ FLOORS: dict[str, float] = {
     "bits": 3.5,
     "latency": 3.5, "recovery": 4, "preparation": 4.25, "progressive": 4.25, "workbench": 4.35,
     "identity": 5, "layer_timing": 4.5, "staircase": 4.75, "profiling": 5,
-    "evaluation": 6, "report": 6,
+    "evaluation": 6,
     "executors": 7, "export": 7, "optimization": 7, "portable": 7, "remeasure": 7,
     "export_record": 7.5,
     "controls": 8, "folder_latency": 8, "results": 8, "tracking": 8, "verification": 8,
+    "reports": 8.25,
     "search_result": 8.5, "session": 8.5,
+    "study_export": 8.6, "study_report": 8.6,
     "listener": 8.75,
     "full_training": 9, "other_target": 9, "run": 9,
     "doctor": 9.5, "scaffold": 9.5, "trial_cost": 9.5,
@@ -66,7 +68,7 @@ WITHOUT_TORCH = {
     "pareto",
     "plan",
     "recovery_settings",
-    "report",
+    "reports",
     "spec",
     "tracking",
 }

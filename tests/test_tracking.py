@@ -13,9 +13,8 @@ import pytest
 from browser import CHROMIUM, chromium, outside
 
 from ranksearch.errors import StudyError
-from ranksearch.figures import pareto_figure
+from ranksearch.figures import figure_html, pareto_figure
 from ranksearch.plan import LayerChoice, Plan
-from ranksearch.reports import figure_html
 from ranksearch.tracking import (
     NoAnswerError,
     Story,
@@ -411,7 +410,7 @@ def test_the_pareto_page_shows_table_scatters_and_the_picture(
     tracker = open_tracker(store)
     rows = write_trials(tracker, 8)
     tracker.update_front(rows, 0.05, step=8)
-    pictures = {"plots/pareto.html": figure_html(pareto_figure(rows), with_plotly=True, full=True)}
+    pictures = {"plots/pareto.html": figure_html(pareto_figure(rows), full=True)}
     tracker.finish(rows, story=Story(note="# Digits\n\nThis **plan** gains 2x.", files=pictures))
     experiment_id, run_id = tracker.study.experiment_id, tracker.study.run_id
     with serve(store, 5000) as server, chromium(tmp_path / "profile") as browser:

@@ -4,10 +4,6 @@ import html
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +46,9 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure that is made when it is drawn; Markdown leaves it out."""
+    """A figure, drawn as HTML with plotly's library in it or without; Markdown leaves it out."""
 
-    draw: Callable[[], "Figure"]
+    draw: Callable[[bool], str]
 
 
 Block = Heading | Paragraph | Bullets | Table | Code | Picture
@@ -75,7 +71,7 @@ def to_html(blocks: Iterable[Block], title: str) -> str:
     parts, has_plotly = [], False
     for block in blocks:
         if isinstance(block, Picture):
-            parts.append(figure_html(block.draw(), with_plotly=not has_plotly))
+            parts.append(block.draw(not has_plotly))
             has_plotly = True
         elif not _is_empty(block):
             parts.append(_html(block))
@@ -86,16 +82,6 @@ def to_html(blocks: Iterable[Block], title: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )
-
-
-def figure_html(figure: "Figure", *, with_plotly: bool, full: bool = False) -> str:
-    """A figure as HTML that asks for nothing outside itself; `full` makes a whole page of it."""
-    # plotly shows a button that uploads the chart; a study's figures are nobody else's.
-    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
-    # A height of its own: inside MLflow's frame there is none to take a share of.
-    height = figure.layout.height or 680
-    page = figure.to_html(include_plotlyjs=with_plotly, full_html=full, config=config, default_height=f"{height}px")
-    return str(page)
 
 
 def _is_empty(block: Block) -> bool:

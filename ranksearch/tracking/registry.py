@@ -5,19 +5,16 @@ import io
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ranksearch.errors import StudyError
 from ranksearch.tracking.store import connect, explained, resolve_tracking_uri
 
-if TYPE_CHECKING:
-    from torch import nn
 
-
-def register_model(model: "nn.Module", example: Any, name: str, run_id: str, tracking_uri: str | None = None) -> str:
+def register_model(model: Any, example: Any, name: str, run_id: str, tracking_uri: str | None = None) -> str:
     """Registers the model under `name` as the outcome of a run, and gives its URI, `models:/NAME/VERSION`.
 
-    `model` is one that torch.export takes; `example` its inputs, a tensor or a mapping of them, any number of rows.
+    `model` is a module that torch.export takes, `example` its inputs: a tensor, or a mapping of them.
     Raises StudyError for inputs of other kinds, where the store cannot be used, and where MLflow cannot export it.
     """
     uri = resolve_tracking_uri(tracking_uri)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ranksearch.figures import Row, is_control, layers_figure, number, pareto_figure
+from ranksearch.figures import Row, figure_html, is_control, layers_figure, number, pareto_figure
 from ranksearch.plan import Plan
 from ranksearch.reports.cells import bytes_text
 from ranksearch.reports.citations import bibtex
@@ -21,8 +21,8 @@ from ranksearch.reports.document import (
     to_html,
     to_markdown,
 )
-from ranksearch.reports.export_card import test_sentence
 from ranksearch.reports.gain import gain_sentence
+from ranksearch.reports.of_export import test_sentence
 from ranksearch.reports.sections import (
     before_and_after,
     control_rows,
@@ -169,7 +169,7 @@ def _front(facts: StudyFacts) -> list[Block]:
     left_out = facts.n_front - len(rows)
     more = f"{left_out} more of the front differ from these by less than their intervals." if left_out else ""
     return [
-        Picture(lambda: pareto_figure(facts.all_rows, facts.name)),
+        Picture(lambda first: figure_html(pareto_figure(facts.all_rows, facts.name), first)),
         numbered_front_table(rows, labels),
         Paragraph(more),
     ]
@@ -179,11 +179,14 @@ def _about_the_plan(facts: StudyFacts) -> list[Block]:
     if facts.chosen is None or facts.plan is None:
         return []
     title = f"Trial {number(facts.chosen, 'trial'):.0f}"
-    picture = [Picture(lambda: layers_figure(facts.layers, f"{title}, layer by layer"))] if facts.layers else []
+
+    def draw(with_plotly: bool) -> str:
+        return figure_html(layers_figure(facts.layers, f"{title}, layer by layer"), with_plotly)
+
     return [
         *section(f"{title}: before and after", before_and_after(facts.chosen, facts.rows)),
         *section("Against what needs no search", front_table(control_rows(facts.chosen, facts.all_rows))),
-        *section(f"{title}: layers", *picture, layer_table(facts.plan, facts.layers)),
+        *section(f"{title}: layers", *([Picture(draw)] if facts.layers else []), layer_table(facts.plan, facts.layers)),
     ]
 
 
