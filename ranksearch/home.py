@@ -74,6 +74,14 @@ class StudyHome:
         return self.plans / plan_hash
 
 
+def shown_script(home: StudyHome, record: Mapping[str, Any]) -> str:
+    """The study's script as a report names it: from the folder that holds the home, where it lies below that."""
+    script, base = record.get("script"), home.directory.resolve().parent.parent
+    if not script:
+        return "STUDY.py"
+    return str(Path(script).relative_to(base)) if Path(script).is_relative_to(base) else str(script)
+
+
 def read_json(path: Path) -> Any:
     """The file's content, {} where there is none. Raises StudyError where it is damaged."""
     try:

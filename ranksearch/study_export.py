@@ -9,7 +9,7 @@ from typing import Any
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, export_bundle
-from ranksearch.home import StudyHome, read_json
+from ranksearch.home import StudyHome, read_json, shown_script
 from ranksearch.plan import Plan, Provenance
 from ranksearch.reports import ExportFacts, export_report, plan_layers
 from ranksearch.results import Row, choose, judged, resolve_goals
@@ -55,7 +55,7 @@ def export_plan(
 
 
 def _report(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Mapping[str, Any]) -> str:
-    script, study = (shlex.quote(word) for word in (record.get("script") or "STUDY.py", record["name"]))
+    script, study = (shlex.quote(word) for word in (shown_script(result.home, record), record["name"]))
     written = Plan.read(bundle / PLAN).provenance or Provenance()
     return export_report(
         ExportFacts(

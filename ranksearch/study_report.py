@@ -5,7 +5,7 @@ from typing import Any
 
 from ranksearch.candidates import Profile
 from ranksearch.figures import figure_html, layers_figure, pareto_figure, pareto_png
-from ranksearch.home import StudyHome, read_json
+from ranksearch.home import StudyHome, read_json, shown_script
 from ranksearch.reports import StudyFacts, plan_layers, study_note, study_page
 from ranksearch.results import default_choice, recommended, thin
 from ranksearch.search_result import SearchResult, read_profile, read_result
@@ -52,6 +52,7 @@ def study_facts(result: SearchResult, record: Mapping[str, Any], profile: Profil
     plan = None if chosen is None else result.plans[chosen["trial"]]
     return StudyFacts(
         record=record,
+        script=shown_script(result.home, record),
         rows=result.rows,
         front=thin(front),
         n_front=len(front),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ranksearch.errors import StudyError
-from ranksearch.home import StudyHome, find_study, read_json, studies_in, write_json
+from ranksearch.home import StudyHome, find_study, read_json, shown_script, studies_in, write_json
 from ranksearch.retention import keep_within
 
 
@@ -90,3 +90,10 @@ def test_the_oldest_plans_go_and_the_fronts_stay(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"front", "newest", ".being-written"}
     keep_within(tmp_path, 0, {"front"})
     assert {path.name for path in tmp_path.iterdir()} == {"front", ".being-written"}
+
+
+def test_a_report_names_the_script_from_the_homes_folder(tmp_path: Path) -> None:
+    home = StudyHome(tmp_path / ".ranksearch" / "toy")
+    assert shown_script(home, {"script": str(tmp_path / "studies" / "toy.py")}) == "studies/toy.py"
+    assert shown_script(home, {"script": "/elsewhere/toy.py"}) == "/elsewhere/toy.py"
+    assert shown_script(home, {"script": None}) == shown_script(home, {}) == "STUDY.py"

@@ -39,7 +39,7 @@ N_UNFINISHED_IN_NOTE = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyFacts:
-    """All that a study's report tells; `record` is what was written when the study began.
+    """All that a study's report tells; `record` is what was written when the study began, by `script`.
 
     `rows` are its trials', `front` those of its `n_front` members that are shown, `controls` the records beside them.
     `chosen` is the row that an export without selectors takes, `plan` its plan, `layers` that plan's by plan_layers;
@@ -47,6 +47,7 @@ class StudyFacts:
     """
 
     record: Mapping[str, Any]
+    script: str
     rows: Sequence[Row]
     front: Sequence[Row]
     n_front: int
@@ -205,8 +206,9 @@ def _left_out(facts: StudyFacts) -> tuple[str, ...]:
 
 def _commands(facts: StudyFacts) -> list[str]:
     """What runs it again and exports its plans."""
-    script = facts.record.get("script") or "STUDY.py"
-    words = [["ranksearch", "run", str(script), "--name", facts.name]]
+    words = [["ranksearch", "run", facts.script, "--name", facts.name]]
+    if facts.chosen is not None:
+        words.append(["ranksearch", "export", "--study", facts.name, "-o", f"{facts.name}-best".replace(" ", "-")])
     for label, trial in facts.recommended.items():
         folder = f"{facts.name}-{label}".replace(" ", "-")
         words.append(["ranksearch", "export", "--study", facts.name, "--trial", str(trial), "-o", folder])
