@@ -348,6 +348,8 @@ def _hover(row: Row) -> str:
 
 def _draw_panel(axis: "Axes", rows: Sequence[Row], panel: Panel) -> None:
     """One panel of the PNG."""
+    from matplotlib.ticker import LogLocator
+
     x, y = _staircase(rows, panel)
     axis.step(x, y, where="post", linestyle=":", color="grey", linewidth=1)
     sizes = _values(rows, "model_bytes", 1e-6)
@@ -367,4 +369,7 @@ def _draw_panel(axis: "Axes", rows: Sequence[Row], panel: Panel) -> None:
         )  # fmt: skip
     axis.set_xlabel(panel.label)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
