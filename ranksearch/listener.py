@@ -115,6 +115,8 @@ class Listener:
         for record in self.history:
             if record.number in rows:
                 self._track(record, rows[record.number])
+            elif record.state == "failed":
+                self._track_failure(record)
 
     def trial_finished(self, record: TrialRecord) -> None:
         self._remember(record)
@@ -134,8 +136,11 @@ class Listener:
 
     def trial_failed(self, record: TrialRecord) -> None:
         self._remember(record)
-        self.tracker.trial_failed(record.number, record.plan, record.reason or "failed", origin=record.origin)
+        self._track_failure(record)
         self.told.trial_ended(record, None)
+
+    def _track_failure(self, record: TrialRecord) -> None:
+        self.tracker.trial_failed(record.number, record.plan, record.reason or "failed", origin=record.origin)
 
     def _remember(self, record: TrialRecord) -> None:
         self.history[:] = [*(known for known in self.history if known.number != record.number), record]

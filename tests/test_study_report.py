@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.home import StudyHome
+from ranksearch.optimization import read_records, read_study
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.reports import StudyFacts, study_note, study_page
 from ranksearch.reports.citations import OF_DECOMPOSITION, ROUNDING, bibtex, papers_of
@@ -80,6 +81,15 @@ def test_mlflow_has_note_report_pictures_and_curves(searched: Searched) -> None:
     pictures = {file.path for file in client.list_artifacts(study.run_id, "plots")}
     assert pictures == {"plots/pareto.html", "plots/pareto.png", "plots/layers.html"}
     assert {"hypervolume", "front_size", "best_feasible_latency_ratio"} <= run.data.metrics.keys()
+
+
+def test_trials_that_died_with_their_process_are_failed_in_mlflow_too(searched: Searched) -> None:
+    records = read_records(read_study(searched.folder / ".ranksearch" / "tiny", "tiny"))
+    study = find_study(f"sqlite:///{searched.folder / 'mlflow.db'}", None, "tiny")
+    runs = child_runs(connect(study.tracking_uri), study.experiment_id, study.run_id)
+    states = {run.data.tags.get("ranksearch.trial"): run.data.tags.get("ranksearch.state") for run in runs}
+    failed = [str(record.number) for record in records if record.state == "failed"]
+    assert failed and {states[number] for number in failed} == {"FAIL"}
 
 
 def test_mlflow_keeps_the_weights_that_are_asked_for(

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often table, note and pictures of a running study are written anew.
-STORY_EVERY_S = 30.0
+# How often at most table, note and pictures of a running study are written anew, and what share of its time that takes.
+STORY_EVERY_S, STORY_SHARE = 30.0, 0.05
 # How often a store is asked that did not answer.
 TRY_EVERY_S = 60.0
 WEIGHTS_TAG = PREFIX + "weights"
@@ -237,11 +237,13 @@ class Tracker:
                 points = {"hypervolume": hypervolume, "front_size": float(n_front), **best_feasible(rows)}
                 self._client.log_batch(self.study.run_id, metrics=to_metrics(points, step))
                 self._reached().last_step = step
-            if story is not None and self._clock() >= self._next_story:
+            began = self._clock()
+            if story is not None and began >= self._next_story:
                 self._log_front(rows)
                 self._log_story(story())
-                # After the writing, which a slow server may take long for.
-                self._next_story = self._clock() + STORY_EVERY_S
+                # Pictures are 5 MB: a server that is far away gets them less often.
+                took = self._clock() - began
+                self._next_story = began + took + max(STORY_EVERY_S, took / STORY_SHARE)
 
     def finish(self, rows: Sequence[Row], *, story: Story | None = None, status: str = "FINISHED") -> None:
         """Ends the study's run with front table and story; `status` is FINISHED, KILLED or FAILED."""
