@@ -56,7 +56,7 @@ def subject(rooms: dict[str, Any]) -> Any:
     )
 
 
-@pytest.mark.parametrize("rule", ["uniform", "one-shot loss", "tempered loss"])
+@pytest.mark.parametrize("rule", ["uniform", "one-shot loss", "one-shot loss, spatial", "tempered loss"])
 def test_plans_cut_what_is_asked_for_and_little_more(rooms: dict[str, Any], subject: Any, rule: str) -> None:
     plan = rooms["plans"].RULES[rule](subject, 0.4)
     example = PARTS["train"][0][0][:1]

@@ -42,23 +42,34 @@ def uniform(subject: Subject, cut: float) -> Plan:
 
 def one_shot(subject: Subject, cut: float) -> Plan:
     """The plan of least summed predicted loss that some price on multiply-adds decodes to."""
-    return _priced(subject, cut, lambda loss: loss)
+    return _priced(subject, cut, PRICED_METHODS)
+
+
+def spatial(subject: Subject, cut: float) -> Plan:
+    """The same with the uniform plan's method alone, so that loss orders ranks and no methods."""
+    return _priced(subject, cut, ("none", UNIFORM_METHOD))
 
 
 def tempered(subject: Subject, cut: float) -> Plan:
-    """The same by square roots of losses, which ruin no layer to spare others a little."""
-    return _priced(subject, cut, np.sqrt)
+    """The plan of least summed square roots of losses, which ruin no layer to spare others a little."""
+    return _priced(subject, cut, PRICED_METHODS, np.sqrt)
 
 
-RULES: Mapping[str, Rule] = {"uniform": uniform, "one-shot loss": one_shot, "tempered loss": tempered}
+RULES: Mapping[str, Rule] = {
+    "uniform": uniform,
+    "one-shot loss": one_shot,
+    "one-shot loss, spatial": spatial,
+    "tempered loss": tempered,
+}
 
 
-def _priced(subject: Subject, cut: float, temper: Callable[[float], float]) -> Plan:
+def _priced(
+    subject: Subject, cut: float, methods: Sequence[str], temper: Callable[[float], float] = lambda loss: loss
+) -> Plan:
     if subject.name not in TABLES:
         TABLES[subject.name] = candidates(subject, multiple=2, fine=False)
     table = {
-        name: [c for c in layer if c.choice.decomposition in PRICED_METHODS]
-        for name, layer in TABLES[subject.name].items()
+        name: [c for c in layer if c.choice.decomposition in methods] for name, layer in TABLES[subject.name].items()
     }
     dense = sum(layer[0].macs for layer in table.values())
     for price in np.geomspace(1e-5, 1e4, 600):
