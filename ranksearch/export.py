@@ -139,16 +139,16 @@ def export_bundle(
     bundle: Path,
     destination: Path,
     measured: Mapping[str, Any],
-    report: str,
+    report: Callable[[Mapping[str, int]], str],
     provenance: Provenance,
     force: bool,
     add: Callable[[Path], None] = lambda _folder: None,
 ) -> None:
     """Copies a finished plan's folder to `destination` with its figures, its report and an example of loading it.
 
-    `add` may put more files beside them; where it fails nothing is written. Raises StudyError where `destination` is
-    not empty and `force` is not given, or it holds something else than an earlier export, which is never deleted; and
-    where the bundle is gone.
+    `add` may put more files beside them; where it fails nothing is written. `report` makes the report, given the files
+    and their bytes. Raises StudyError where `destination` is not empty and `force` is not given, or it holds something
+    else than an earlier export, which is never deleted; and where the bundle is gone.
     """
     if not (bundle / PLAN).is_file():
         raise StudyError(f"the weights of this plan are gone ({bundle}); choose another trial, or run it again")
@@ -162,11 +162,12 @@ def export_bundle(
         for path in bundle.iterdir():
             shutil.copy2(path, folder / path.name)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
-        (folder / REPORT).write_text(report, encoding="utf-8")
         if not (folder / LOAD_EXAMPLE).is_file():
             reason = "An earlier version, which knew no other way, tried this plan."
             (folder / LOAD_EXAMPLE).write_text(with_ranksearch(reason), encoding="utf-8")
         add(folder)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RUNTIME}
+        (folder / REPORT).write_text(report(sizes), encoding="utf-8")
         runtime = {**read_json(folder / RUNTIME), "measured": dict(measured)}
         runtime["sha256"] = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != RUNTIME}
         runtime["checksum"] = content_hash(runtime)

@@ -49,34 +49,39 @@ def export_plan(
     record = read_json(home.study)
     provenance = Provenance(study=record["name"], trial=row["trial"], seed=record.get("seed"))
     measured = {name: row[name] for name in FRONT_COLUMNS} | {"dense_latency_ms": record["dense_latency_ms"]}
-    report = _report(result, row, plan, bundle, record)
-    export_bundle(bundle, destination, measured, report, provenance, force, add)
+    facts = _facts(result, row, plan, bundle, record)
+    export_bundle(
+        bundle,
+        destination,
+        measured,
+        lambda files: export_report(replace(facts, files=files)),
+        provenance,
+        force,
+        add,
+    )
     return row, note + _test_note(result, row)
 
 
-def _report(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Mapping[str, Any]) -> str:
+def _facts(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Mapping[str, Any]) -> ExportFacts:
     script, study = (shlex.quote(word) for word in (shown_script(result.home, record), record["name"]))
     written = Plan.read(bundle / PLAN).provenance or Provenance()
-    return export_report(
-        ExportFacts(
-            study=record["name"],
-            plan=plan,
-            row=row,
-            rows=[*result.rows, *result.controls],
-            layers=plan_layers(read_profile(result.home), plan),
-            target=record["target"],
-            machine=record["fingerprint"],
-            versions=written.versions,
-            files={path.name: path.stat().st_size for path in sorted(bundle.iterdir())},
-            max_drop=result.limits.max_drop,
-            noise_floor=record["noise_floor"],
-            seed=record.get("seed"),
-            notes=_notes(record, read_json(bundle / "runtime.json")),
-            commands=[
-                f"ranksearch run {script} --name {study}",
-                f"ranksearch export --study {study} --trial {row['trial']} -o DIR",
-            ],
-        )
+    return ExportFacts(
+        study=record["name"],
+        plan=plan,
+        row=row,
+        rows=[*result.rows, *result.controls],
+        layers=plan_layers(read_profile(result.home), plan),
+        target=record["target"],
+        machine=record["fingerprint"],
+        versions=written.versions,
+        max_drop=result.limits.max_drop,
+        noise_floor=record["noise_floor"],
+        seed=record.get("seed"),
+        notes=_notes(record, read_json(bundle / "runtime.json")),
+        commands=[
+            f"ranksearch run {script} --name {study}",
+            f"ranksearch export --study {study} --trial {row['trial']} -o DIR",
+        ],
     )
 
 

@@ -154,10 +154,15 @@ def exported(
     measured |= {"dense_latency_ms": 1.0, "ratio_high": 10.0}
 
     def export(destination: Path, **changes: Any) -> Path:
-        export_bundle(place, destination, measured | changes, "# Report\n", Provenance(study="tiny", trial=7), False)
+        export_bundle(place, destination, measured | changes, told, Provenance(study="tiny", trial=7), False)
         return destination
 
     return export
+
+
+def told(files: Mapping[str, int]) -> str:
+    """A report of the files' names."""
+    return f"# Report\n\n{', '.join(files)}\n"
 
 
 def failed(checks: list[Check]) -> list[str]:
@@ -308,7 +313,7 @@ def test_nothing_is_overwritten_but_an_earlier_export(exported: Any, tmp_path: P
         (bundle / name).write_bytes((folder / name).read_bytes())
 
     def export(destination: Path, force: bool = True) -> None:
-        export_bundle(bundle, destination, {}, "", Provenance(), force)
+        export_bundle(bundle, destination, {}, told, Provenance(), force)
 
     export(folder)
     assert not (folder / "model.bin").exists()  # the earlier export is replaced as a whole
@@ -324,7 +329,7 @@ def test_nothing_is_overwritten_but_an_earlier_export(exported: Any, tmp_path: P
         export(thesis)
     assert thesis.read_text() == "years of work"
     with pytest.raises(StudyError, match="the weights of this plan are gone"):
-        export_bundle(tmp_path / "gone", tmp_path / "new", {}, "", Provenance(), False)
+        export_bundle(tmp_path / "gone", tmp_path / "new", {}, told, Provenance(), False)
 
 
 def test_a_folder_is_whole_or_as_before(tmp_path: Path) -> None:

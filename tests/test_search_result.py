@@ -121,6 +121,18 @@ def test_the_export_says_what_was_chosen_and_why(home: StudyHome, result: Search
     assert "embedding: Embedding is not supported" in report and "ranksearch run /studies/toy.py" in report
 
 
+def test_the_report_lists_what_was_added(home: StudyHome, tmp_path: Path) -> None:
+    def add(folder: Path) -> None:
+        (folder / "portable.onnx").write_bytes(b"x" * 1500)
+
+    export_plan(
+        home, tmp_path / "out", goals=Goals(), minimize="latency", trial=None, run_id=None, force=False, storage=None,
+        add=add,
+    )  # fmt: skip
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| portable.onnx | 1.5 kB |" in report and "| load_example.py |" in report
+
+
 def test_a_plan_by_its_trial_or_its_run(home: StudyHome, result: SearchResult, tmp_path: Path) -> None:
     number = next(row["trial"] for row in result.rows if not row["feasible"])
     row, note = export(home, tmp_path / "by-trial", trial=number)

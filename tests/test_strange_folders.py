@@ -60,7 +60,9 @@ def exported(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Path
         write_portable(load(folder, model), read_example(folder)[0], folder, ["onnx", "openvino", "pt2"])
 
     measured = {**CLAIMED, "model_bytes": n_bytes}
-    export_bundle(place / "bundle", place / "out", measured, "# Report\n", Provenance(study="pair"), False, add)
+    export_bundle(
+        place / "bundle", place / "out", measured, lambda _files: "# Report\n", Provenance(study="pair"), False, add
+    )
     return place / "out"
 
 
