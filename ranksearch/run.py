@@ -21,6 +21,7 @@ from ranksearch.optimization import (
     DEFAULT_SAMPLER,
     DropEstimator,
     ResolvedLimits,
+    check_storage,
     coordinator_lock,
     drop_unit,
     find_sampler,
@@ -81,6 +82,9 @@ def search(
         raise StudyError(f"log_weights {log_weights!r} is unknown; it is one of {', '.join(LOG_WEIGHTS)}")
     find_sampler(sampler)
     resolve_tracking_uri(tracking_uri)
+    if storage is not None:
+        # Now, and not after an hour of profiling.
+        check_storage(storage)
     told = progress or Silent()
     place = StudyHome(Path(home) / study.name)
     with coordinator_lock(place.directory, around=True), other_cores(study.target):

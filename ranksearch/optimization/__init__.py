@@ -16,7 +16,7 @@ from ranksearch.optimization.records import TrialRecord, front, read_records, tr
 from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, find_sampler
 from ranksearch.optimization.space import suggest_plan
 from ranksearch.optimization.stopping import Agreement, agreements, beaten_by
-from ranksearch.optimization.storage import coordinator_lock
+from ranksearch.optimization.storage import check_storage, coordinator_lock
 from ranksearch.optimization.study import check_identity, open_study, read_study, study_names
 from ranksearch.optimization.table import decode
 from ranksearch.optimization.trials import Callbacks
@@ -36,6 +36,7 @@ __all__ = [
     "agreements",
     "beaten_by",
     "check_identity",
+    "check_storage",
     "coordinator_lock",
     "decode",
     "front",

@@ -68,6 +68,13 @@ def writing_storage(storage: Storage, home: Path | None) -> Iterator[BaseStorage
         yield from _opened(storage)
 
 
+def check_storage(storage: str) -> None:
+    """Raises StudyError where the Optuna URL cannot be opened."""
+    if _is_url(storage):
+        for _ in _opened(storage):
+            pass
+
+
 def reading_storage(storage: str | Path | BaseStorage) -> BaseStorage:
     """The storage, for those who only read. Raises StudyError where there is none."""
     if isinstance(storage, str | Path) and not _is_url(storage) and not (Path(storage) / JOURNAL).is_file():
