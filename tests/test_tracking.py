@@ -22,6 +22,7 @@ from ranksearch.tracking import (
     Tracker,
     find_study,
     page_url,
+    parents,
     resolve_tracking_uri,
     runs,
     serve,
@@ -254,7 +255,7 @@ def test_a_server_that_does_not_answer_is_asked_again_and_then_told_all(
         raise NoAnswerError(f"MLflow at {uri} does not answer: refused")
 
     with monkeypatch.context() as away:
-        away.setattr(runs, "connect", silent)
+        away.setattr(parents, "connect", silent)
         tracker = open_tracker(store, clock=lambda: now[0])
         assert tracker.trial_started(0, make_plan(1), "prices") is None
         assert tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6)) is None

@@ -287,7 +287,7 @@ def export_command(
     tracking_uri: TrackingUri = None,
 ) -> None:
     """Write a plan, its packed weights, its artefact and its report; by default the fastest surely feasible one."""
-    from ranksearch.cli.reading import export_choice
+    from ranksearch.cli.exporting import export_choice
 
     export_choice(
         script,
@@ -316,7 +316,7 @@ def verify_command(
     trust: Trust = False,
 ) -> None:
     """Run an export, measure it, compare with what it claims; exit 1 where it does not hold."""
-    from ranksearch.cli.reading import verify_export
+    from ranksearch.cli.exporting import verify_export
 
     verify_export(directory, study, trust)
 
@@ -334,7 +334,7 @@ def bench_command(
     as_json: Annotated[bool, typer.Option("--json", help="What was measured as JSON.")] = False,
 ) -> None:
     """Time an export on this machine, without its study, also on another target or beside another export."""
-    from ranksearch.cli.reading import time_export
+    from ranksearch.cli.exporting import time_export
 
     time_export(directory, target, against, trusted=trust, as_json=as_json)
 

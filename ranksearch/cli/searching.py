@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ranksearch.cli.exporting import export_choice, verify_export
 from ranksearch.cli.options import changed_target, folder_of, typed
-from ranksearch.cli.reading import check_format, export_choice, print_rows, verify_export
+from ranksearch.cli.reading import check_format, print_rows
 from ranksearch.cli.stopping import StopSignals
 from ranksearch.cli.terminal import (
     Terminal,

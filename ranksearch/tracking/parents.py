@@ -1,14 +1,71 @@
-"""The run of a study: made, and rid of what a stopped process left below it."""
+"""The run of a study: found or made, and rid of what a stopped process left below it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ranksearch.tracking.entries import NOTE_LENGTH, NOTE_TAG, TAG_LENGTH, shorten
-from ranksearch.tracking.store import PREFIX
+from ranksearch.tracking.entries import (
+    NOTE_LENGTH,
+    NOTE_TAG,
+    TAG_LENGTH,
+    ChildRun,
+    shorten,
+    stored_child,
+    stored_key,
+)
+from ranksearch.tracking.pages import save_page
+from ranksearch.tracking.store import (
+    PREFIX,
+    StudyRun,
+    child_runs,
+    connect,
+    experiment_name,
+    explained,
+    find_parent,
+    open_experiment,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+
+@dataclass(slots=True)
+class Reached:
+    """The study's run in a store that answers, and what the store is known to hold of it."""
+
+    client: "MlflowClient"
+    study: StudyRun
+    children: dict[tuple[str, str], ChildRun]
+    last_step: int
+
+
+def reach_study(
+    tracking_uri: str,
+    experiment: str | None,
+    study_name: str,
+    description: str,
+    identity: str | None,
+    params: Mapping[str, object],
+) -> Reached:
+    """The study's run, resumed where the store has it, else made. Raises StudyError where the store cannot be used."""
+    client = connect(tracking_uri)
+    with explained(tracking_uri):
+        experiment_id = open_experiment(client, tracking_uri, experiment_name(experiment, study_name))
+        run_id = find_parent(client, experiment_id, study_name, identity)
+        if run_id is None:
+            run_id = create_parent(client, experiment_id, study_name, description, identity, params)
+        client.update_run(run_id, status="RUNNING")
+        runs = child_runs(client, experiment_id, run_id)
+        close_abandoned(client, runs)
+        history = client.get_metric_history(run_id, "hypervolume")
+        save_page(client, experiment_id, run_id)
+    return Reached(
+        client=client,
+        study=StudyRun(tracking_uri=tracking_uri, experiment_id=experiment_id, run_id=run_id),
+        children={stored_key(run.data.tags): stored_child(run) for run in runs},
+        last_step=max((point.step for point in history), default=-1),
+    )
 
 
 def create_parent(

@@ -29,24 +29,16 @@ from ranksearch.tracking.entries import (
     row_metrics,
     row_tags,
     shorten,
-    stored_child,
-    stored_key,
     to_metrics,
     trial_key,
 )
-from ranksearch.tracking.pages import page_url, save_page
-from ranksearch.tracking.parents import close_abandoned, create_parent
+from ranksearch.tracking.pages import page_url
+from ranksearch.tracking.parents import Reached, reach_study
 from ranksearch.tracking.store import (
     PREFIX,
     StudyRun,
-    child_runs,
-    connect,
-    experiment_name,
-    explained,
-    find_parent,
     first_line,
     is_remote,
-    open_experiment,
     resolve_tracking_uri,
     store_failures,
 )
@@ -71,16 +63,6 @@ class Story:
     files: Mapping[str, str | bytes] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Reached:
-    """The study's run in a store that answers, and what the store is known to hold of it."""
-
-    client: "MlflowClient"
-    study: StudyRun
-    children: dict[tuple[str, str], ChildRun]
-    last_step: int
-
-
 class _NotYetError(Exception):
     """The store did not answer a while ago, and it is too early to ask again."""
 
@@ -93,14 +75,14 @@ class Tracker:
     and what is missing is written with a later trial, or when the study is run again.
     """
 
-    def __init__(self, tracking_uri: str, reach: Callable[[], _Reached], clock: Callable[[], float]) -> None:
+    def __init__(self, tracking_uri: str, reach: Callable[[], Reached], clock: Callable[[], float]) -> None:
         self._tracking_uri = tracking_uri
         self._reach = reach
         self._clock = clock
         self._next_story = clock() + STORY_EVERY_S
         self._next_try = clock()
         self._pending: list[Entry] = []
-        self._store: _Reached | None = None
+        self._store: Reached | None = None
         with self._keep_going("the start of the study"):
             self._reached()
 
@@ -123,24 +105,8 @@ class Tracker:
         """
         uri = resolve_tracking_uri(tracking_uri)
 
-        def reach() -> _Reached:
-            client = connect(uri)
-            with explained(uri):
-                experiment_id = open_experiment(client, uri, experiment_name(experiment, study_name))
-                run_id = find_parent(client, experiment_id, study_name, identity)
-                if run_id is None:
-                    run_id = create_parent(client, experiment_id, study_name, description, identity, params or {})
-                client.update_run(run_id, status="RUNNING")
-                runs = child_runs(client, experiment_id, run_id)
-                close_abandoned(client, runs)
-                history = client.get_metric_history(run_id, "hypervolume")
-                save_page(client, experiment_id, run_id)
-            return _Reached(
-                client=client,
-                study=StudyRun(tracking_uri=uri, experiment_id=experiment_id, run_id=run_id),
-                children={stored_key(run.data.tags): stored_child(run) for run in runs},
-                last_step=max((point.step for point in history), default=-1),
-            )
+        def reach() -> Reached:
+            return reach_study(uri, experiment, study_name, description, identity, params or {})
 
         return cls(uri, reach, clock)
 
@@ -273,7 +239,7 @@ class Tracker:
     def _children(self) -> dict[tuple[str, str], ChildRun]:
         return self._reached().children
 
-    def _reached(self) -> _Reached:
+    def _reached(self) -> Reached:
         """The store; asked again now and then where it did not answer before."""
         if self._store is None:
             if self._clock() < self._next_try:
