@@ -117,7 +117,7 @@ def pareto_figure(rows: Sequence[Row], title: str = "Pareto front") -> "Figure":
     """Drop against latency and against size, both in powers, coloured by size; lower left is better.
 
     Dense and the controls have their own markers, whiskers are the intervals at 95 %, hovering tells the summary.
-    Rows without a drop (stopped before their accuracy was measured), and ruined ones that the picture begins below,
+    Rows without a drop (stopped before their accuracy was measured), and ruined ones above its upper edge,
     are counted in the title.
     """
     from plotly.subplots import make_subplots
@@ -186,7 +186,6 @@ def layers_figure(layers: Sequence[Row], title: str = "Layers") -> "Figure":
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    # By their places, since two layers may be shown by one shortened name.
     places = list(range(len(layers)))
     panels = [panel for panel in LAYER_PANELS if any(number(layer, panel.column) is not None for layer in layers)]
     figure = make_subplots(rows=max(len(panels), 1), cols=1, shared_xaxes=True, vertical_spacing=0.06)
