@@ -25,8 +25,7 @@ def device_lock(target: Target, timeout_seconds: float | None = None) -> Iterato
     Raises MeasurementError where it is not free within `timeout_seconds` (None waits for ever).
     """
     # The device's, whatever the cores: two processes that time on other cores still share caches, memory and power.
-    device = "cuda:0" if target.device == "cuda" else target.device  # the first GPU by either name
-    path = Path(tempfile.gettempdir()) / f"ranksearch-{device.replace(':', '-')}.lock"
+    path = Path(tempfile.gettempdir()) / f"ranksearch-{_physical(target.device)}.lock"
     if path in _HELD.get():
         yield
         return
@@ -169,6 +168,16 @@ def _move(thread: int, cores: frozenset[int] | set[int]) -> None:
 
 def _listed(cores: frozenset[int] | set[int]) -> str:
     return f"core{'s' if len(cores) != 1 else ''} {', '.join(str(core) for core in sorted(cores))}"
+
+
+def _physical(device: str) -> str:
+    """The device's name among all processes: of GPUs a process may see some alone, which it numbers anew."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return device.replace(":", "-")
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    number = int(index or 0)
+    return f"cuda-{visible[number] if number < len(visible) and visible[number] else number}"
 
 
 def _open_lock(path: Path) -> int:

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ranksearch.errors import StudyError
-from ranksearch.evaluation import FRONT_COLUMNS, Evaluator
+from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import RUNTIME, write_bundle
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json, write_json
 from ranksearch.identity import OF_THE_WEIGHTS, study_identity
+from ranksearch.ladder import Evaluator, Terms
 from ranksearch.listener import Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import ResolvedLimits, check_identity, coordinator_lock, read_study
 from ranksearch.plan import Plan
@@ -80,12 +81,11 @@ def _trained(
         bench=bench,
         factorisations=session.factorisations,
         dense_latency_ms=session.dense_latency_ms,
-        never_stopped=frozenset([plan.hash()]),
         keep=lambda plan, model: write_bundle(bench, plan, model, folder),
         should_abort=should_abort,
         on_step=told.trained,
     )
-    evaluation = evaluator.evaluate(plan).model_copy(update={"rung": "full"})
+    evaluation = evaluator.evaluate(plan, Terms(may_stop=False)).model_copy(update={"rung": "full"})
     told.stage("measuring it on the runtime and on test data")
     opened = bench.open(folder / read_json(folder / RUNTIME)["artefact"])
     figures = Judge(bench).figures(opened, session.dense_latency_ms)

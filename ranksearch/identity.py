@@ -25,6 +25,11 @@ OF_THE_WEIGHTS = ("model", "data", "score")
 
 def study_identity(bench: Workbench, profile: Profile) -> dict[str, str]:
     """Hashes of model, data, target, space, objectives, recovery, loss, score and candidate table, by their names."""
+    return {**workbench_identity(bench), "candidate table": profile.hash()}
+
+
+def workbench_identity(bench: Workbench) -> dict[str, str]:
+    """The same without the candidate table: what a study script alone decides."""
     spec = bench.spec
     return {
         "model": content_hash(*_model_parts(bench.model)),
@@ -35,7 +40,6 @@ def study_identity(bench: Workbench, profile: Profile) -> dict[str, str]:
         "recovery": _recovery_identity(spec.recovery),
         "loss": function_identity(spec.loss),
         "score": function_identity(spec.score),
-        "candidate table": profile.hash(),
     }
 
 

@@ -1,10 +1,11 @@
 """Who is told how a study goes: a person at the terminal, and MLflow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, final, get_args
+from typing import Literal, Protocol, final, get_args
 
 from ranksearch.cache import write_atomically
+from ranksearch.early_stopping import StopRule, agreements
 from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import (
@@ -13,8 +14,6 @@ from ranksearch.optimization import (
     FurtherDrop,
     ResolvedLimits,
     TrialRecord,
-    agreements,
-    beaten_by,
     front,
     near_ties,
     trained_evaluations,
@@ -196,11 +195,10 @@ class Listener:
         wanted = {row["trial"] for row in rows}
         return [record for record in self.history if record.number in wanted]
 
-    def beaten_by(self, figures: Mapping[str, Any]) -> str | None:
-        """Why a plan of these figures is not worth training, by the trials so far; None where it may be."""
-        trained = trained_evaluations(self.history)
+    def stop_rule(self) -> StopRule:
+        """Which plans are not worth training, by the trials so far."""
         members = [record.number for record in front(self.history, self.objectives, self._estimates())]
-        return beaten_by(figures, trained, members)
+        return StopRule.learned(trained_evaluations(self.history), members)
 
     def rows(self) -> list[Row]:
         """Every evaluated plan as it stands now."""

@@ -1,13 +1,13 @@
 """What plans are cut from: the dense model, or it as Recovery.prepare makes it, once for all studies alike."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ranksearch.cache import Cache, cache_directory, content_hash
 from ranksearch.recovery import Step, prepare_dense
@@ -42,15 +42,21 @@ def prepare_source(
         torch.__version__, repr(model), settings, spec.seed, list(names), list(decompositions), *map(tensor_bytes, held)
     )
     if (kept := cache.get(key)) is not None:
-        prepared = copy.deepcopy(model)
-        prepared.load_state_dict(safetensors.torch.load(kept))
-        return prepared
+        return with_weights(model, safetensors.torch.load(kept))
     prepared = prepare_dense(
         model, data.recovery, spec.loss, recovery, names, decompositions, seed=spec.seed, on_step=on_step
     )
-    # Tensors that share memory are written once for each name.
-    state = {
-        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in prepared.state_dict().items()
-    }
-    cache.put(key, safetensors.torch.save(state))
+    cache.put(key, safetensors.torch.save(weights_of(prepared)))
     return prepared
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors, those that share memory once for each name, as they can be written."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with these weights."""
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(weights)
+    return copied

@@ -11,8 +11,8 @@ from typing import Any
 
 from ranksearch.device import other_cores
 from ranksearch.errors import MeasurementError
-from ranksearch.evaluation import latency_columns
 from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.ladder import latency_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
 from ranksearch.spec import Data, load_study

@@ -12,10 +12,11 @@ from ranksearch.compression import check_plan
 from ranksearch.controls import control_plans, measure_controls
 from ranksearch.device import other_cores
 from ranksearch.errors import StudyError
-from ranksearch.evaluation import Evaluation, Evaluator
-from ranksearch.export import write_bundle
+from ranksearch.evaluation import Evaluation
+from ranksearch.executors import DEFAULT_EXECUTOR, Setting, check_executor, open_executor
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
 from ranksearch.identity import study_identity
+from ranksearch.ladder import Evaluator, Terms
 from ranksearch.listener import LOG_WEIGHTS, Listener, LogWeights, Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import (
     DEFAULT_SAMPLER,
@@ -36,7 +37,7 @@ from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process
 from ranksearch.results import Row, evaluation_row, resolve_goals
 from ranksearch.search_result import SearchResult
 from ranksearch.session import Session, dense_latency, make_profile, prepare, remember_script, start_over
-from ranksearch.spec import Data, Objective, StudySpec
+from ranksearch.spec import Data, StudySpec
 from ranksearch.tracking import resolve_tracking_uri
 from ranksearch.workbench import Workbench, open_workbench
 
@@ -51,6 +52,9 @@ def search(
     more_trials: int | None = None,
     time_limit_s: float | None = None,
     sampler: str = DEFAULT_SAMPLER,
+    executor: str = DEFAULT_EXECUTOR,
+    workers: int | None = None,
+    trial_limit_s: float | None = None,
     home: str | Path = DEFAULT_HOME,
     storage: str | None = None,
     tracking_uri: str | None = None,
@@ -66,13 +70,15 @@ def search(
 
     `trials` is the study's total (50 where neither it nor a time is given), `more_trials` counts from where it
     stands. State lies in `home/<study name>`, trials in `storage` (an Optuna URL) where given; MLflow keeps the
-    weights of no plan, of the `best`, or of the `front`, as `log_weights` says. With `script`, the
-    path of the study script, the front is measured again in a fresh process, else in this one. Raises StudyError
+    weights of no plan, of the `best`, or of the `front`, as `log_weights` says. With `script`, the path of the study
+    script, the front is measured again in a fresh process, else in this one. Plans are evaluated where the `executor`
+    says, by so many `workers`; a trial that takes longer than `trial_limit_s` there fails. Raises StudyError
     and its siblings for what cannot be used, before anything of an earlier study is touched; KeyboardInterrupt where
     it shall stop before its first trial. A trial that fails is recorded and the study goes on.
     """
     request = _Request(
         trials=trials, more_trials=more_trials, time_limit_s=time_limit_s, sampler=sampler, storage=storage,
+        executor=executor, n_workers=workers, trial_limit_s=trial_limit_s,
         tracking_uri=tracking_uri, experiment=experiment, script=script, log_weights=log_weights,
         should_stop=should_stop, should_abort=should_abort, started=time.monotonic(),
     )  # fmt: skip
@@ -81,6 +87,7 @@ def search(
     if log_weights not in LOG_WEIGHTS:
         raise StudyError(f"log_weights {log_weights!r} is unknown; it is one of {', '.join(LOG_WEIGHTS)}")
     find_sampler(sampler)
+    check_executor(executor, script, workers)
     resolve_tracking_uri(tracking_uri)
     if storage is not None:
         # Now, and not after an hour of profiling.
@@ -128,9 +135,8 @@ def _evaluated(bench: Workbench, plan: Plan) -> tuple[Row, Evaluation]:
         bench=bench,
         factorisations=bench.factorisations(),
         dense_latency_ms=latency_ms,
-        never_stopped=frozenset([plan.hash()]),
     )
-    evaluation = evaluator.evaluate(plan)
+    evaluation = evaluator.evaluate(plan, Terms(may_stop=False))
     return evaluation_row(evaluation, limits), evaluation
 
 
@@ -142,6 +148,9 @@ class _Request:
     more_trials: int | None
     time_limit_s: float | None
     sampler: str
+    executor: str
+    n_workers: int | None
+    trial_limit_s: float | None
     storage: str | None
     tracking_uri: str | None
     experiment: str | None
@@ -230,47 +239,41 @@ def _run_trials(
 ) -> None:
     total = request.total(sum(record.counted for record in listener.history))
     listener.replay(bench, total)
-    optimise(
-        optuna_study,
-        session.profile,
-        _evaluator(bench, session, limits, listener, request.should_abort).evaluate,
-        objectives=bench.spec.objectives,
-        limits=limits,
-        controls=session.controls,
-        sampler_name=request.sampler,
-        seed=bench.spec.seed,
-        n_trials=NO_END if total is None else total,
-        deadline=request.deadline,
-        clock=time.monotonic,
-        callbacks=listener,
-        should_stop=request.should_stop,
-        drop_unit=drop_unit(session.dense_accuracy),
-        weight_errors=lambda: measure_weights(bench.source, session.factorisations, session.profile),
-        seconds_to_end=lambda: _seconds_to_measure_again(listener, bench.data, request.opening_s),
-    )
+    with open_executor(request.executor, _setting(bench, session, limits, listener, request)) as executor:
+        optimise(
+            optuna_study,
+            session.profile,
+            executor,
+            objectives=bench.spec.objectives,
+            limits=limits,
+            controls=session.controls,
+            sampler_name=request.sampler,
+            seed=bench.spec.seed,
+            n_trials=NO_END if total is None else total,
+            deadline=request.deadline,
+            clock=time.monotonic,
+            callbacks=listener,
+            stop_rule=listener.stop_rule,
+            should_stop=request.should_stop,
+            drop_unit=drop_unit(session.dense_accuracy),
+            weight_errors=lambda: measure_weights(bench.source, session.factorisations, session.profile),
+            seconds_to_end=lambda: _seconds_to_measure_again(listener, bench.data, request.opening_s),
+        )
 
 
-def _evaluator(
-    bench: Workbench,
-    session: Session,
-    limits: ResolvedLimits,
-    listener: Listener,
-    should_abort: Callable[[], bool],
-) -> Evaluator:
-    bounds: dict[Objective, float] = {}
-    for name, limit in limits.to_json().items():
-        if limit is not None:
-            bounds[name] = limit  # type: ignore[index]
-    return Evaluator(
+def _setting(
+    bench: Workbench, session: Session, limits: ResolvedLimits, listener: Listener, request: _Request
+) -> Setting:
+    return Setting(
         bench=bench,
         factorisations=session.factorisations,
+        home=listener.home,
         dense_latency_ms=session.dense_latency_ms,
-        limits=bounds,
-        predict_loss=lambda plan: session.profile.predict(session.profile.indices(plan))[0],
-        beaten_by=listener.beaten_by,
-        never_stopped=frozenset(plan.hash() for _, plan in session.controls),
-        keep=lambda plan, model: write_bundle(bench, plan, model, listener.home.plan(plan.hash())),
-        should_abort=should_abort,
+        limits=limits.bounds(),
+        script=None if request.script is None else Path(request.script),
+        n_workers=request.n_workers,
+        trial_limit_s=request.trial_limit_s,
+        should_abort=request.should_abort,
         on_step=listener.told.trained,
     )
 

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ranksearch.candidates import Profile
+from ranksearch.early_stopping import Agreement, agreements
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import StudyHome, read_json
 from ranksearch.optimization import (
-    Agreement,
     Estimates,
     FurtherDrop,
     ResolvedLimits,
     TrialRecord,
-    agreements,
     drop_unit,
     estimated_drops,
     read_records,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ranksearch.controls import control_plans
-from ranksearch.evaluation import Evaluator
+from ranksearch.ladder import Evaluator
 from ranksearch.recovery import count_steps
 from ranksearch.session import dense_latency
 from ranksearch.spec import StudySpec

@@ -2,14 +2,14 @@
 
 import copy
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ranksearch.cache import Cache, cache_directory
 from ranksearch.compression import count_params
@@ -19,13 +19,13 @@ from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency, compare_all, timed_call
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
-from ranksearch.preparation import prepare_source
+from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
 from ranksearch.recovery import Step
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
 from ranksearch.scoring import Scores, same_twice, score_kind, score_model
 from ranksearch.spec import Batches, Data, StudySpec, tied_layers
-from ranksearch.statistics import collect
+from ranksearch.statistics import LayerStatistics, collect
 from ranksearch.trees import concatenate, count_rows, first_examples, map_tensors, pick_rows
 from ranksearch.weights import packed_bytes
 
@@ -52,7 +52,8 @@ class Workbench:
     """A study's model, data and target, made ready for trials. `train` is the calibration data where there is none.
 
     `source` is what plans are cut from: the dense `model`, or it as Recovery.prepare made it. `shared` tells of the
-    tensors that several read, on which the quantizers of 8-bit plans sit.
+    tensors that several read, on which the quantizers of 8-bit plans sit, `weight_limit` is the largest int8 weight
+    code that the target's kernels take.
     """
 
     spec: StudySpec
@@ -65,6 +66,7 @@ class Workbench:
     example: Any
     calibration: list[tuple[Any, Any]]
     dense: Dense
+    weight_limit: int
 
     @property
     def train(self) -> Batches:
@@ -104,30 +106,42 @@ class Workbench:
         rounded = [name for name, module in quantized.items() if module.rounds_inputs]
         return stayed_float(rounded, kernels) | stayed_whole(quantized.keys() - rounded, kernels)
 
-    @property
-    def weight_limit(self) -> int:
-        """The largest int8 weight code that the target's kernels take."""
-        return self.runtime.weight_limit(self.spec.target)
-
     def score(self, predict: nn.Module | Callable[[Any], Any], batches: Batches) -> Scores:
         """The study's score on `batches` of a model, run in eval mode, or of a function of its inputs."""
         return score_model(predict, batches, self.spec.score)
 
-    def factorisations(self) -> Factorisations:
-        """The factorisations of the layers, from one calibration pass; the factors cut from them are kept on disk."""
-        cache = Cache(directory=cache_directory() / "factors", max_bytes=MAX_FACTOR_BYTES)
-        return self.factorisations_of(self.source, cache)
+    def factorisations(self, statistics: Mapping[str, LayerStatistics] | None = None) -> Factorisations:
+        """The factorisations of the layers; the factors cut from them are kept on disk.
 
-    def factorisations_of(self, source: nn.Module, cache: Cache | None = None) -> Factorisations:
+        From these statistics, or one calibration pass.
+        """
+        cache = Cache(directory=cache_directory() / "factors", max_bytes=MAX_FACTOR_BYTES)
+        return self._factorisations(self.source, statistics or self._collect(self.source), cache)
+
+    def factorisations_of(self, source: nn.Module) -> Factorisations:
         """Those of another model of the same layers, from a calibration pass of its own."""
-        statistics = collect(source, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
+        return self._factorisations(source, self._collect(source), None)
+
+    def _collect(self, source: nn.Module) -> dict[str, LayerStatistics]:
+        return collect(source, self.found.layers, self.calibration, self.spec.loss, seed=self.spec.seed)
+
+    def _factorisations(
+        self, source: nn.Module, statistics: Mapping[str, LayerStatistics], cache: Cache | None
+    ) -> Factorisations:
         return Factorisations(source, statistics, cache, only_last=True)
 
 
-def open_workbench(spec: StudySpec, on_step: Callable[[Step], None] = lambda _step: None) -> Workbench:
+def open_workbench(
+    spec: StudySpec,
+    on_step: Callable[[Step], None] = lambda _step: None,
+    *,
+    prepared: Mapping[str, Tensor] | None = None,
+    weight_limit: int | None = None,
+) -> Workbench:
     """Loads the study's model and data, scores dense, opens it on the target, and prepares what plans are cut from.
 
-    `on_step` hears of the preparation.
+    `on_step` hears of the preparation, which is left out where the `prepared` model's weights are given; the
+    `weight_limit` is that of the runtime here, unless given.
 
     Raises StudyError for a model without compressible layers, data that yields nothing, too little or not the same
     twice, a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
@@ -169,7 +183,11 @@ def open_workbench(spec: StudySpec, on_step: Callable[[Step], None] = lambda _st
     return Workbench(
         spec=spec,
         model=model,
-        source=prepare_source(spec, model, data, calibration, list(found.layers), on_step),
+        source=(
+            prepare_source(spec, model, data, calibration, list(found.layers), on_step)
+            if prepared is None
+            else with_weights(model, prepared)
+        ),
         data=data,
         found=found,
         shared=shared_tensors(model, first_rows(calibration, 1)),
@@ -177,6 +195,7 @@ def open_workbench(spec: StudySpec, on_step: Callable[[Step], None] = lambda _st
         example=example,
         calibration=calibration,
         dense=dense,
+        weight_limit=runtime.weight_limit(spec.target) if weight_limit is None else weight_limit,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ranksearch.candidates import Candidate, LayerProfile, Profile
 from ranksearch.evaluation import Evaluation
+from ranksearch.executors import InlineExecutor
 from ranksearch.optimization import ResolvedLimits, TrialRecord, open_study, optimise
 from ranksearch.optimization.weight_errors import WeightErrors
 from ranksearch.plan import DENSE, LayerChoice, Plan
@@ -100,7 +101,10 @@ def search(study: Any, profile: Profile, evaluate: Callable[[Plan], Evaluation] 
         "seed": 0, "n_trials": 12, "deadline": None, "clock": time.monotonic, "callbacks": told,
         "should_stop": lambda: False, "weight_errors": lambda: make_errors(profile),
     }  # fmt: skip
-    optimise(study, profile, evaluate or evaluate_as_predicted(profile), **(arguments | changes))
+    arguments |= changes
+    measure = evaluate or evaluate_as_predicted(profile)
+    executor = arguments.pop("executor", None) or InlineExecutor(lambda job: measure(job.plan), arguments["clock"])
+    optimise(study, profile, executor, **arguments)
     return changes.get("callbacks", told)
 
 

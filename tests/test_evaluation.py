@@ -3,7 +3,7 @@
 import functools
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ranksearch import controls as controls_room
 from ranksearch.controls import control_plans, measure_controls, uniform_plan
+from ranksearch.early_stopping import Member, StopRule, Witnesses
 from ranksearch.errors import PlanError, RuntimeUnavailableError
-from ranksearch.evaluation import FRONT_COLUMNS, Evaluation, Evaluator
+from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
 from ranksearch.export import load, write_bundle
 from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json
 from ranksearch.identity import function_identity, study_identity
+from ranksearch.ladder import Evaluator, Terms
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.recovery_settings import Recovery
 from ranksearch.remeasure import Judge, has_gap, remeasure_plans
@@ -58,10 +60,9 @@ def mixed(
         factorisations=factorisations,
         dense_latency_ms=2.0,
         max_latency_seconds=0.1,
-        predict_loss=lambda _plan: 0.25,
         keep=lambda plan, model: write_bundle(bench, plan, model, place),
     )
-    return evaluator.evaluate(plans()["mixed"]), place
+    return evaluator.evaluate(plans()["mixed"], Terms(predicted_loss=0.25)), place
 
 
 def test_a_plan_that_went_all_the_way(mixed: tuple[Evaluation, Path], bench: Workbench) -> None:
@@ -119,26 +120,21 @@ def test_a_plan_that_misses_a_goal_stops_before_it_is_trained(
 
 
 def test_a_plan_that_is_surely_beaten_after_the_quick_rung_is_not_trained(make: MakeEvaluator) -> None:
-    plan, asked = plans()["mixed"], list[dict[str, Any]]()
-
-    def beaten_by(figures: Mapping[str, Any]) -> str | None:
-        asked.append(dict(figures))
-        return "trial 3 is better" if figures.get("quick_drop") is not None else None
-
-    evaluator = make(
-        beaten_by=beaten_by, on_step=lambda *_: pytest.fail("trained"), keep=lambda *_: pytest.fail("kept")
-    )
-    evaluation = evaluator.evaluate(plan)
-    assert (evaluation.rung, evaluation.stopped) == ("quick", "trial 3 is better")
-    assert evaluation.accuracy is None and evaluation.quick_drop == asked[1]["quick_drop"]
-    assert len(asked) == 2 and asked[0].get("quick_drop") is None
-    assert make(beaten_by=beaten_by, never_stopped=frozenset([plan.hash()])).evaluate(plan).rung == "fine_tuned"
+    plan = plans()["mixed"]
+    hopeless = Witnesses(tau=0.9, figures=(2.0, -1.0), least_drops=(1.0, 0.5))
+    perfect = Member(trial=3, ratio_high=0.0, bytes_ratio=0.0, drop_high=0.0)
+    rule = StopRule(witnesses={"quick_drop": hopeless}, members=(perfect,))
+    evaluator = make(on_step=lambda *_: pytest.fail("trained"), keep=lambda *_: pytest.fail("kept"))
+    evaluation = evaluator.evaluate(plan, Terms(rule=rule))
+    assert evaluation.rung == "quick" and evaluation.accuracy is None and evaluation.quick_drop is not None
+    assert evaluation.stopped is not None and evaluation.stopped.startswith("trial 3 is faster, smaller")
+    assert make().evaluate(plan, Terms(rule=rule, may_stop=False)).rung == "fine_tuned"
 
 
 def test_the_controls_are_never_stopped_and_drops_stop_none(make: MakeEvaluator) -> None:
     plan = plans()["mixed"]
     limits = {"latency": 1e-6, "bytes": 0.1, "drop": -1.0}
-    assert make(limits=limits, never_stopped=frozenset([plan.hash()])).evaluate(plan).rung == "fine_tuned"
+    assert make(limits=limits).evaluate(plan, Terms(may_stop=False)).rung == "fine_tuned"
     assert make(limits={"drop": -1.0}).evaluate(plan).rung == "fine_tuned"
 
 

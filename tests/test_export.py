@@ -17,7 +17,7 @@ from ranksearch.cache import content_hash
 from ranksearch.compression import compress
 from ranksearch.controls import control_plans
 from ranksearch.errors import PlanError, StudyError
-from ranksearch.evaluation import FRONT_COLUMNS, Evaluator
+from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import (
     export_bundle,
     file_sha256,
@@ -30,6 +30,7 @@ from ranksearch.export import (
 )
 from ranksearch.factorisations import Factorisations
 from ranksearch.home import read_json
+from ranksearch.ladder import Evaluator
 from ranksearch.plan import Plan, Provenance
 from ranksearch.remeasure import Judge
 from ranksearch.verification import Check, verify_folder, verify_measured, verify_rebuilt

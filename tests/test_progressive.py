@@ -11,7 +11,7 @@ from tiny_study import make_spec, plans, split, trained
 from torch import nn
 
 from ranksearch.compression import compress
-from ranksearch.evaluation import Evaluator
+from ranksearch.ladder import Evaluator
 from ranksearch.layers import layer_spec
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.progressive import compress_in_stages, multiplied_out

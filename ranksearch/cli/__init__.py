@@ -116,6 +116,14 @@ def run_command(
     max_size: MaxSize = None,
     seed: Annotated[int | None, typer.Option(help="The study's seed.")] = None,
     sampler: Sampler = "price",
+    executor: Annotated[str, typer.Option(help="Where plans are evaluated: inline, processes or ray.")] = "inline",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many at a time; default: one per GPU, else per four cores.")
+    ] = None,
+    trial_timeout: Annotated[
+        str | None,
+        typer.Option(metavar="1h", help="When a worker's trial has hung; default: ten times the longest, at least 1h."),
+    ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,
     home: Home = DEFAULT_HOME,
@@ -143,6 +151,9 @@ def run_command(
         quiet=quiet,
         as_json=as_json,
         sampler=sampler,
+        executor=executor,
+        workers=workers,
+        trial_limit_s=None if trial_timeout is None else duration_s(trial_timeout, "--trial-timeout"),
         storage=storage,
         tracking_uri=tracking_uri,
         home=home,

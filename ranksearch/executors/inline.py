@@ -1,22 +1,28 @@
 """Evaluations in this very process, one after the other."""
 
+import time
 from collections.abc import Callable
 from typing import ClassVar, final
 
 from ranksearch.evaluation import Evaluation
-from ranksearch.executors.base import AbstractExecutor
-from ranksearch.plan import Plan
+from ranksearch.executors.base import AbstractExecutor, Job, Outcome, run_job
 
 
 @final
 class InlineExecutor(AbstractExecutor):
-    """Calls the evaluation where it is asked."""
+    """Calls `evaluate` when it is waited for."""
 
     name: ClassVar[str] = "inline"
 
-    def __init__(self, evaluate: Callable[[Plan], Evaluation]) -> None:
-        self._evaluate = evaluate
+    def __init__(self, evaluate: Callable[[Job], Evaluation], clock: Callable[[], float] = time.monotonic) -> None:
+        self._evaluate, self._clock = evaluate, clock
+        self._jobs: list[Job] = []
 
-    def evaluate(self, plan: Plan) -> Evaluation:
-        """What the evaluation measured."""
-        return self._evaluate(plan)
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def wait(self) -> list[Outcome]:
+        return [run_job(self._evaluate, self._jobs.pop(0), self._clock)] if self._jobs else []
+
+    def close(self) -> None:
+        self._jobs.clear()

@@ -15,7 +15,6 @@ from ranksearch.optimization.prices import price_sweep, uniform
 from ranksearch.optimization.records import TrialRecord, front, read_records, trained_evaluations
 from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, find_sampler
 from ranksearch.optimization.space import suggest_plan
-from ranksearch.optimization.stopping import Agreement, agreements, beaten_by
 from ranksearch.optimization.storage import check_storage, coordinator_lock
 from ranksearch.optimization.study import check_identity, open_study, read_study, study_names
 from ranksearch.optimization.table import decode
@@ -25,7 +24,6 @@ from ranksearch.optimization.weight_errors import measure_weights
 __all__ = [
     "DEFAULT_SAMPLER",
     "SAMPLERS",
-    "Agreement",
     "Callbacks",
     "DropEstimator",
     "Estimates",
@@ -33,8 +31,6 @@ __all__ = [
     "PriceSampler",
     "ResolvedLimits",
     "TrialRecord",
-    "agreements",
-    "beaten_by",
     "check_identity",
     "check_storage",
     "coordinator_lock",

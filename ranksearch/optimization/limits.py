@@ -7,6 +7,7 @@ import numpy as np
 from ranksearch.candidates import Profile
 from ranksearch.evaluation import Evaluation
 from ranksearch.optimization.table import Floats, Table
+from ranksearch.spec import Objective
 
 # Predictions are this far off at times: a goal that they miss by less may be met.
 SLACK = 0.9
@@ -23,6 +24,15 @@ class ResolvedLimits:
     def to_json(self) -> dict[str, float | None]:
         """The limits as a JSON object, by the objective that they bound."""
         return {"drop": self.max_drop, "latency": self.max_latency_ratio, "bytes": self.max_bytes_ratio}
+
+    def bounds(self) -> dict[Objective, float]:
+        """The limits that are set, by the objective that they bound."""
+        known: dict[Objective, float | None] = {
+            "drop": self.max_drop,
+            "latency": self.max_latency_ratio,
+            "bytes": self.max_bytes_ratio,
+        }
+        return {name: limit for name, limit in known.items() if limit is not None}
 
     def violations(self, evaluation: Evaluation) -> dict[str, float]:
         """By objective, how far the estimate lies beyond its limit (negative: within); only where both are known."""

@@ -1,14 +1,17 @@
-"""The loop: ask for a plan, evaluate it, tell what came of it; the Optuna study is its only state."""
+"""The loop: ask for plans, have them evaluated, tell what came of them; the Optuna study is its only state."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import final
 
 import optuna
 from optuna.study import Study
 from optuna.trial import TrialState
 
 from ranksearch.candidates import Profile
+from ranksearch.early_stopping import StopRule
 from ranksearch.errors import StudyError
-from ranksearch.evaluation import Evaluation
+from ranksearch.executors import AbstractExecutor, Outcome
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, read_records
 from ranksearch.optimization.samplers import SamplerSetting, default_n_prices, make_sampler
@@ -21,7 +24,7 @@ from ranksearch.optimization.seeds import (
     next_seed,
 )
 from ranksearch.optimization.space import n_plans, to_params
-from ranksearch.optimization.trials import Callbacks, Search, try_next
+from ranksearch.optimization.trials import Asked, Callbacks, Search, ask_next, interrupt, settle, start, tell_duplicate
 from ranksearch.optimization.weight_errors import WeightErrors, no_weight_errors
 from ranksearch.pareto import REFERENCE_POINT
 from ranksearch.plan import Plan
@@ -36,7 +39,7 @@ MAX_FAILURES = 10
 def optimise(
     optuna_study: Study,
     profile: Profile,
-    evaluate: Callable[[Plan], Evaluation],
+    executor: AbstractExecutor,
     *,
     objectives: Sequence[Objective],
     limits: ResolvedLimits,
@@ -48,6 +51,7 @@ def optimise(
     clock: Callable[[], float],
     callbacks: Callbacks,
     should_stop: Callable[[], bool],
+    stop_rule: Callable[[], StopRule] = StopRule,
     n_prices: int | None = None,
     drop_unit: float = REFERENCE_POINT[0],
     weight_errors: Callable[[], WeightErrors] = no_weight_errors,
@@ -55,6 +59,7 @@ def optimise(
 ) -> None:
     """Tries plans until the study has `n_trials`, time is up, it shall stop, or every plan was tried.
 
+    The executor evaluates as many at a time as it has workers, on terms of which the `stop_rule` is a part.
     First the controls, then a uniform plan and `n_prices` prices (0: neither), then the sampler, which may ask for the
     `weight_errors`, and to which a drop of `drop_unit` is too much. Trials that an earlier process left unfinished come
     before all else. No plan runs twice. A trial after which what ends the study, `seconds_to_end` by the trials so far,
@@ -75,64 +80,133 @@ def optimise(
     stale = set(fail_stale(optuna_study))
     known = read_records(optuna_study)
     search = Search(
-        study=optuna_study, profile=profile, evaluate=evaluate, objectives=objectives, limits=limits,
+        study=optuna_study, profile=profile, executor=executor, objectives=objectives, limits=limits,
         sampler_name=sampler_name, next_sampler=next_sampler, seed=seed, n_trials=n_trials, deadline=deadline,
-        clock=clock, seconds_to_end=seconds_to_end, callbacks=callbacks, should_stop=should_stop, seeds=seeds,
-        history=History(known),
+        clock=clock, seconds_to_end=seconds_to_end, callbacks=callbacks, stop_rule=stop_rule, should_stop=should_stop,
+        seeds=seeds, history=History(known),
     )  # fmt: skip
     for record in known:
         if record.number in stale:
             callbacks.trial_failed(record)
-    _run(search)
+    _Loop(search).run()
 
 
-def _run(search: Search) -> None:
-    """One trial after the other."""
-    n_failures = 0
-    while not _finished(search) and _enqueue_next(search):
-        record = try_next(search)
-        if record is None or record.duplicate_of is not None or record.queued_again:
-            continue
-        n_failures = n_failures + 1 if record.state == "failed" else 0
-        if n_failures >= MAX_FAILURES:
-            raise StudyError(f"the last {n_failures} trials failed, so the study stops; the last one: {record.reason}")
+@final
+class _Loop:
+    """The trials that are under way, beside what is known of the others."""
 
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self._running: dict[int, Asked] = {}
+        # Those whose plan is being evaluated as another trial: that one's outcome is theirs.
+        self._waiting: list[Asked] = []
+        self._n_repeats = search.history.n_repeats
+        self._last = search.history.records[-1].plan if search.history.records else None
+        self._n_failures = 0
 
-def _finished(search: Search) -> bool:
-    """Whether no further trial is to be started."""
-    if search.should_stop() or search.history.n_distinct >= n_plans(search.profile):
+    def run(self) -> None:
+        """Keeps the executor busy until no further trial is to be started."""
+        try:
+            while self._fill_all():
+                for outcome in self.search.executor.wait():
+                    self._settle(outcome)
+        except BaseException:
+            # Whatever ends the loop, no plan that it took is lost.
+            for asked in [*self._running.values(), *self._waiting]:
+                interrupt(self.search, asked.trial)
+            raise
+
+    def _fill_all(self) -> bool:
+        """Gives every worker a trial; whether any runs."""
+        while self._fill():
+            pass
+        return bool(self._running)
+
+    def _fill(self) -> bool:
+        """Starts a trial where there is room for one and one is to be started; whether it did, or told a duplicate."""
+        has_room = len(self._running) < self.search.executor.n_workers
+        if not has_room or self._finished() or not self._enqueue_next():
+            return False
+        asked = ask_next(self.search)
+        if asked is not None:
+            self._begin(asked)
         return True
-    if search.deadline is not None:
-        ahead_s = search.history.mean_seconds + search.seconds_to_end()
-        if search.clock() + ahead_s >= search.deadline:
+
+    def _begin(self, asked: Asked) -> None:
+        """The trial, started, unless its plan was tried or is being tried."""
+        self._last = asked.plan
+        known, running = self.search.history.find(asked.plan), self._find_running(asked.plan)
+        self._n_repeats = 0 if known is None and running is None else self._n_repeats + 1
+        if known is not None:
+            self.search.history.add(tell_duplicate(self.search, asked.trial, known))
+        elif running is not None:
+            self._waiting.append(asked)
+        else:
+            self._running[asked.trial.number] = asked
+            start(self.search, asked)
+
+    def _settle(self, outcome: Outcome) -> None:
+        asked = self._running.pop(outcome.number)
+        record = settle(self.search, asked.trial, outcome)
+        self.search.history.add(record)
+        for other in [other for other in self._waiting if other.plan.hash() == record.plan_hash]:
+            self._waiting.remove(other)
+            told = interrupt if record.queued_again else partial(tell_duplicate, known=record)
+            self.search.history.add(told(self.search, other.trial))
+        if record.queued_again:
+            if not self.search.should_stop():
+                raise KeyboardInterrupt
+            return
+        self._n_failures = self._n_failures + 1 if record.state == "failed" else 0
+        if self._n_failures >= MAX_FAILURES:
+            raise StudyError(
+                f"the last {self._n_failures} trials failed, so the study stops; the last one: {record.reason}"
+            )
+
+    def _is_tried(self, plan: Plan) -> bool:
+        return self.search.history.find(plan) is not None or self._find_running(plan) is not None
+
+    def _find_running(self, plan: Plan) -> Asked | None:
+        return next((asked for asked in self._running.values() if asked.plan.hash() == plan.hash()), None)
+
+    def _finished(self) -> bool:
+        """Whether no further trial is to be started, if those that run end well."""
+        search, running = self.search, list(self._running.values())
+        if search.should_stop() or search.history.n_distinct + len(running) >= n_plans(search.profile):
             return True
-    if search.history.n_counted < search.n_trials:
-        return False
-    tried = {record.plan_hash for record in search.history.records if not record.queued_again}
-    controls = [search.profile.plan(seed.indices).hash() for seed in search.seeds if seed.control]
-    return all(control in tried for control in controls)
+        if search.deadline is not None:
+            ahead_s = search.history.mean_seconds + search.seconds_to_end()
+            if search.clock() + ahead_s >= search.deadline:
+                return True
+        n_counted = search.history.n_counted + sum(not asked.control for asked in running)
+        if n_counted < search.n_trials:
+            return False
+        tried = {record.plan_hash for record in search.history.records if not record.queued_again}
+        tried |= {asked.plan.hash() for asked in running}
+        controls = [search.profile.plan(seed.indices).hash() for seed in search.seeds if seed.control]
+        return all(control in tried for control in controls)
 
+    def _enqueue_next(self) -> bool:
+        """Queues what comes before the sampler's turn; False where no plan is left to try.
 
-def _enqueue_next(search: Search) -> bool:
-    """Queues what comes before the sampler's turn; False where no plan is left to try.
-
-    What is queued already, such as a retry, comes first; then the seeds in order; then, where the sampler only
-    repeats itself, a neighbour of what it asked for last.
-    """
-    trials = search.study.get_trials(deepcopy=False)
-    if any(trial.state is TrialState.WAITING for trial in trials):
-        return True
-    asked = {trial.user_attrs["seed"] for trial in trials if "seed" in trial.user_attrs}
-    planned = next_seed(search.seeds, asked)
-    if planned is not None:
-        number, seed = planned
-        params = to_params(search.profile, seed.indices)
-        enqueue(search.study, params, origin=seed.origin, control=seed.control, seed=number)
-        return True
-    if search.history.n_repeats < MAX_REPEATS:
-        return True
-    last = search.profile.indices(search.history.records[-1].plan)
-    params_near = neighbour(search.profile, last, search.history, search.seed, len(trials))
-    if params_near is not None:
-        enqueue(search.study, params_near, origin="neighbour")
-    return params_near is not None
+        What is queued already, such as a retry, comes first; then the seeds in order; then, where the sampler only
+        repeats itself, a neighbour of what it asked for last.
+        """
+        search = self.search
+        trials = search.study.get_trials(deepcopy=False)
+        if any(trial.state is TrialState.WAITING for trial in trials):
+            return True
+        asked = {trial.user_attrs["seed"] for trial in trials if "seed" in trial.user_attrs}
+        planned = next_seed(search.seeds, asked)
+        if planned is not None:
+            number, seed = planned
+            params = to_params(search.profile, seed.indices)
+            enqueue(search.study, params, origin=seed.origin, control=seed.control, seed=number)
+            return True
+        if self._n_repeats < MAX_REPEATS or self._last is None:
+            return True
+        last, n_tried = search.profile.indices(self._last), search.history.n_distinct + len(self._running)
+        params_near = neighbour(search.profile, last, self._is_tried, n_tried, search.seed, len(trials))
+        if params_near is not None:
+            enqueue(search.study, params_near, origin="neighbour")
+        return params_near is not None

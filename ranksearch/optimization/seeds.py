@@ -1,6 +1,6 @@
 """What is asked before and beside the sampler: the controls, a uniform plan, the price sweep, retries, neighbours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ranksearch.candidates import Profile
 from ranksearch.optimization.prices import coarse_to_fine, price_sweep, uniform
-from ranksearch.optimization.records import History
 from ranksearch.optimization.samplers import derived_seed
 from ranksearch.optimization.space import n_plans, settled, to_params
 from ranksearch.plan import Plan
@@ -101,16 +100,21 @@ def fail_stale(study: Study) -> list[int]:
 
 
 def neighbour(
-    profile: Profile, indices: Sequence[int], history: History, seed: int, number: int
+    profile: Profile,
+    indices: Sequence[int],
+    is_tried: Callable[[Plan], bool],
+    n_tried: int,
+    seed: int,
+    number: int,
 ) -> dict[str, int] | None:
     """The parameters of a random plan near `indices` that was not tried yet; None where every plan was."""
     rng = np.random.default_rng(derived_seed(seed, number, 1))
     sizes = np.array([len(layer.candidates) for layer in profile.layers])
     for attempt in range(N_NEIGHBOURS):
         near = settled(profile, _moved(np.array(indices), sizes, n_moves=1 + attempt // 16, rng=rng))
-        if history.find(profile.plan(near)) is None:
+        if not is_tried(profile.plan(near)):
             return to_params(profile, near)
-    return _first_unseen(profile, history)
+    return _first_unseen(profile, is_tried, n_tried)
 
 
 def _moved(indices: Any, sizes: Any, n_moves: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -121,15 +125,15 @@ def _moved(indices: Any, sizes: Any, n_moves: int, rng: np.random.Generator) -> 
     return tuple(int(i) for i in indices)
 
 
-def _first_unseen(profile: Profile, history: History) -> dict[str, int] | None:
+def _first_unseen(profile: Profile, is_tried: Callable[[Plan], bool], n_tried: int) -> dict[str, int] | None:
     """The first plan in lexical order that was not tried; there is one within as many steps as there were trials.
 
     Ties make one plan of several, so that all may have to be looked through.
     """
     shape = tuple(len(layer.candidates) for layer in profile.layers)
-    for flat in range(n_plans(profile) if profile.ties else min(n_plans(profile), history.n_distinct + 1)):
+    for flat in range(n_plans(profile) if profile.ties else min(n_plans(profile), n_tried + 1)):
         plan = settled(profile, _unravel(flat, shape))
-        if history.find(profile.plan(plan)) is None:
+        if not is_tried(profile.plan(plan)):
             return to_params(profile, plan)
     return None
 

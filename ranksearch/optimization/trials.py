@@ -1,7 +1,5 @@
-"""One trial: asked for, evaluated, and told, whatever becomes of it."""
+"""One trial: asked for, given to the executor, and told, whatever becomes of it."""
 
-import json
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +9,11 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from ranksearch.candidates import Profile
-from ranksearch.errors import RankSearchError, StudyError
+from ranksearch.early_stopping import StopRule
+from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
+from ranksearch.executors import AbstractExecutor, Job, Outcome
+from ranksearch.ladder import Terms
 from ranksearch.optimization.history_reader import sampler_attributes
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, TrialRecord, objective_values, record_of
@@ -23,10 +24,7 @@ from ranksearch.plan import Plan
 from ranksearch.spec import Objective
 
 INTERRUPTED = "interrupted"
-MAX_REASON_CHARACTERS = 2000
 DECIDING = ("accuracy_drop", "drop_low", "drop_high", "latency_ratio", "bytes_ratio")
-
-_logger = logging.getLogger(__name__)
 
 
 class Callbacks(Protocol):
@@ -48,7 +46,7 @@ class Search:
 
     study: Study
     profile: Profile
-    evaluate: Callable[[Plan], Evaluation]
+    executor: AbstractExecutor
     objectives: Sequence[Objective]
     limits: ResolvedLimits
     sampler_name: str
@@ -59,13 +57,27 @@ class Search:
     clock: Callable[[], float]
     seconds_to_end: Callable[[], float]
     callbacks: Callbacks
+    stop_rule: Callable[[], StopRule]
     should_stop: Callable[[], bool]
     seeds: Sequence[Seed]
     history: History
 
 
-def try_next(search: Search) -> TrialRecord | None:
-    """Asks for a trial, runs it unless its plan was tried, and adds it to the history; None where it had no plan."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A trial that was asked for and has no outcome yet, and its plan."""
+
+    trial: Trial
+    plan: Plan
+
+    @property
+    def control(self) -> bool:
+        """Whether it does not count among the study's trials."""
+        return bool(self.trial.user_attrs.get("control", False))
+
+
+def ask_next(search: Search) -> Asked | None:
+    """Asks for a trial; None where it had no plan of this table, and was told so."""
     trial = _ask(search)
     try:
         indices = settled(search.profile, to_indices(search.profile, trial.params))
@@ -79,10 +91,7 @@ def try_next(search: Search) -> TrialRecord | None:
         by_hand = "fixed_params" in _stored(search, trial).system_attrs
         trial.set_user_attr("origin", "enqueued" if by_hand else search.sampler_name)
     trial.set_user_attr("plan", plan.model_dump_json(by_alias=True))
-    known = search.history.find(plan)
-    record = _run(search, trial, plan) if known is None else _tell_duplicate(search, trial, known)
-    search.history.add(record)
-    return record
+    return Asked(trial, plan)
 
 
 def _ask(search: Search) -> Trial:
@@ -97,38 +106,37 @@ def _ask(search: Search) -> Trial:
     return search.study.ask(distributions(search.profile))
 
 
-def _run(search: Search, trial: Trial, plan: Plan) -> TrialRecord:
-    """The trial, evaluated and told.
-
-    Any exception of the evaluation fails this trial alone: it may be the user's own code that cannot take one plan.
-    """
+def start(search: Search, asked: Asked) -> None:
+    """Gives the trial's plan to the executor."""
+    trial, plan = asked.trial, asked.plan
     run_id = search.callbacks.trial_started(trial.number, plan, trial.user_attrs["origin"])
     if run_id is not None:
         trial.set_user_attr("run_id", run_id)
-    started = search.clock()
-    try:
-        evaluation = search.evaluate(plan)
-    except (KeyboardInterrupt, SystemExit):
-        record = _interrupt(search, trial)
-        if search.should_stop():
-            return record
-        raise
-    except Exception as error:
-        _logger.debug("trial %d failed", trial.number, exc_info=True)
-        if search.should_stop():
-            return _interrupt(search, trial)
-        return _fail(search, trial, _reason(error))
-    trial.set_user_attr("seconds", search.clock() - started)
-    wrong = _not_finite(evaluation)
-    return _fail(search, trial, wrong) if wrong else _finish(search, trial, evaluation)
+    terms = Terms(
+        predicted_loss=search.profile.predict(search.profile.indices(plan))[0],
+        may_stop=not asked.control,
+        rule=StopRule() if asked.control else search.stop_rule(),
+    )
+    search.executor.submit(Job(number=trial.number, plan=plan, terms=terms))
+
+
+def settle(search: Search, trial: Trial, outcome: Outcome) -> TrialRecord:
+    """Tells what came of the trial's evaluation."""
+    # What fails once a run shall stop may fail because of that.
+    if outcome.interrupted or (outcome.reason is not None and search.should_stop()):
+        return interrupt(search, trial)
+    if outcome.evaluation is None:
+        return _fail(search, trial, outcome.reason or "no evaluation came of it")
+    trial.set_user_attr("seconds", outcome.seconds)
+    wrong = _not_finite(outcome.evaluation)
+    return _fail(search, trial, wrong) if wrong else _finish(search, trial, outcome.evaluation)
 
 
 def _finish(search: Search, trial: Trial, evaluation: Evaluation) -> TrialRecord:
     """Tells what was measured: COMPLETE, or PRUNED where the plan was stopped on the ladder."""
-    # pydantic would write null for what is not a number, such as a prediction that nobody made, and not read it back.
     for name, value in sampler_attributes(evaluation).items():
         trial.set_user_attr(name, value)
-    trial.set_user_attr("evaluation", json.dumps(evaluation.model_dump(mode="json", by_alias=True)))
+    trial.set_user_attr("evaluation", evaluation.model_dump_json(by_alias=True))
     stopped = evaluation.stopped is not None or evaluation.rung == "latency" or evaluation.accuracy_drop is None
     record = _tell(search, trial, evaluation, TrialState.PRUNED if stopped else TrialState.COMPLETE)
     search.callbacks.trial_finished(record)
@@ -143,7 +151,7 @@ def _fail(search: Search, trial: Trial, reason: str) -> TrialRecord:
     return record
 
 
-def _interrupt(search: Search, trial: Trial) -> TrialRecord:
+def interrupt(search: Search, trial: Trial) -> TrialRecord:
     """Fails the trial and queues its plan again; as it was no fault of the plan, it is not held against it."""
     stored = _stored(search, trial)
     requeue(search.study, stored, stored.user_attrs.get("attempt", 1))
@@ -151,7 +159,7 @@ def _interrupt(search: Search, trial: Trial) -> TrialRecord:
     return _fail(search, trial, INTERRUPTED)
 
 
-def _tell_duplicate(search: Search, trial: Trial, known: TrialRecord) -> TrialRecord:
+def tell_duplicate(search: Search, trial: Trial, known: TrialRecord) -> TrialRecord:
     """Tells the stored values of the trial that ran this plan."""
     trial.set_user_attr("duplicate_of", known.number)
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
@@ -174,12 +182,6 @@ def _tell(search: Search, trial: Trial, evaluation: Evaluation | None, state: Tr
 def _stored(search: Search, trial: Trial) -> FrozenTrial:
     """The running trial as it is in storage."""
     return search.study.get_trials(deepcopy=False)[trial.number]
-
-
-def _reason(error: Exception) -> str:
-    """What a user reads: our own errors are sentences, others need their kind."""
-    text = str(error) if isinstance(error, RankSearchError) else f"{type(error).__name__}: {error}"
-    return text[:MAX_REASON_CHARACTERS]
 
 
 def _not_finite(evaluation: Evaluation) -> str | None:

@@ -10,7 +10,8 @@ from search_evaluations import Evaluations, Indices
 from search_subjects import Subject
 
 from ranksearch.candidates import Profile
-from ranksearch.optimization import DropEstimator, TrialRecord, beaten_by, front, trained_evaluations
+from ranksearch.early_stopping import StopRule
+from ranksearch.optimization import DropEstimator, TrialRecord, front, trained_evaluations
 from ranksearch.optimization.history_reader import sampler_attributes
 from ranksearch.optimization.space import distributions, settled, to_indices, to_params
 from ranksearch.pareto import REFERENCE_POINT
@@ -86,12 +87,12 @@ class Ladder:
         evaluations, profile = self.evaluations, self.evaluations.profile
         loss, latency, n_bytes = profile.predict(indices)
         figures = {"predicted_loss": loss, "ratio_low": latency, "bytes_ratio": n_bytes}
-        trained = trained_evaluations(self.told)
         members = [r.number for r in front(self.told, OBJECTIVES, self.estimator.drops(self.told))]
-        if beaten_by(figures, trained, members) is not None:
+        rule = StopRule.learned(trained_evaluations(self.told), members)
+        if rule.beaten_by(figures) is not None:
             return True
         quick = evaluations.quick_drop(indices)
-        if beaten_by({**figures, "quick_drop": quick}, trained, members) is not None:
+        if rule.beaten_by({**figures, "quick_drop": quick}) is not None:
             return True
         self.told.append(record(evaluations, number, indices))
         return False

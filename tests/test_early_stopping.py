@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ranksearch.early_stopping import MIN_PAIRS, StopRule, Witnesses, agreements, rank_agreement
 from ranksearch.evaluation import Evaluation
-from ranksearch.optimization.stopping import MIN_PAIRS, agreements, beaten_by, least_drop, rank_agreement
 from ranksearch.plan import Plan
 
 
@@ -45,7 +45,7 @@ def test_agreement_is_told_inside_bands_of_latency_alone() -> None:
 
 def test_a_plan_that_a_front_member_surely_beats_is_stopped() -> None:
     heavy = {20 + i: trained(predicted=0.2 + 0.01 * i, drop=0.08 + 0.01 * i, ratio=0.9 + 0.001 * i) for i in range(6)}
-    reason = beaten_by(HOPELESS, {**ORDERLY, **heavy}, front=[1])
+    reason = StopRule.learned({**ORDERLY, **heavy}, [1]).beaten_by(HOPELESS)
     assert reason is not None
     assert "trial 1" in reason
 
@@ -57,18 +57,18 @@ def test_a_plan_that_a_front_member_surely_beats_is_stopped() -> None:
 )
 def test_what_may_be_better_in_anything_is_trained(figures: dict[str, float]) -> None:
     heavy = {20 + i: trained(predicted=0.2 + 0.01 * i, drop=0.08 + 0.01 * i, ratio=0.9 + 0.001 * i) for i in range(6)}
-    assert beaten_by(figures, {**ORDERLY, **heavy}, front=[1]) is None
+    assert StopRule.learned({**ORDERLY, **heavy}, [1]).beaten_by(figures) is None
 
 
 def test_a_prediction_that_orders_plans_wrongly_stops_nothing() -> None:
     rng = np.random.default_rng(0)
     shuffled = {i: trained(0.01 * i, 0.005 * d, 0.5 + 0.001 * i) for i, d in enumerate(rng.permutation(30))}
-    assert beaten_by({**HOPELESS, "predicted_loss": 0.0}, shuffled, front=[0]) is None
+    assert StopRule.learned(shuffled, [0]).beaten_by({**HOPELESS, "predicted_loss": 0.0}) is None
 
 
 def test_too_few_witnesses_prove_nothing() -> None:
-    assert least_drop("predicted_loss", 0.1, [trained(0.2, 0.05, 0.5)] * 4) == float("-inf")
-    assert least_drop("predicted_loss", 0.1, [trained(0.2, 0.05, 0.5)] * 5) == pytest.approx(0.048)
+    assert Witnesses.of("predicted_loss", [trained(0.2, 0.05, 0.5)] * 4).least_drop(0.1) == float("-inf")
+    assert Witnesses.of("predicted_loss", [trained(0.2, 0.05, 0.5)] * 5).least_drop(0.1) == pytest.approx(0.048)
 
 
 def test_each_rung_earns_its_power_by_itself() -> None:
@@ -93,7 +93,7 @@ def test_what_the_quick_rung_says_stops_a_plan_where_the_prediction_may_not() ->
         i: trained(float(rng.random()), 0.005 * i, 0.5 + 0.001 * i).model_copy(update={"quick_drop": 0.02 * i})
         for i in range(1, 25)
     }
-    reason = beaten_by({**HOPELESS, "quick_drop": 0.3}, known, front=[1])
+    reason = StopRule.learned(known, [1]).beaten_by({**HOPELESS, "quick_drop": 0.3})
     assert reason is not None and "trial 1" in reason and "drop before training" in reason
-    assert beaten_by(HOPELESS, known, front=[1]) is None
-    assert beaten_by({**HOPELESS, "quick_drop": 0.01}, known, front=[1]) is None
+    assert StopRule.learned(known, [1]).beaten_by(HOPELESS) is None
+    assert StopRule.learned(known, [1]).beaten_by({**HOPELESS, "quick_drop": 0.01}) is None
