@@ -11,6 +11,7 @@ import typer
 
 from ranksearch.errors import StudyError
 from ranksearch.home import DEFAULT_HOME, StudyHome, find_study, read_json, studies_in
+from ranksearch.masking import masked
 from ranksearch.spec import Target, load_study
 
 Script = Annotated[Path, typer.Argument(metavar="STUDY.py", help="The study script.")]
@@ -85,14 +86,14 @@ def study_home(script: Path | None, name: str | None, home: Path) -> StudyHome:
 
 
 def typed(**values: object) -> str:
-    """Options as they are typed, those left out that are the default or in the environment."""
+    """Options as they are typed but for passwords, those left out that are the default or in the environment."""
     assumed = {"home": str(DEFAULT_HOME)} | {
         option: os.environ[variable]
         for option, variable in (("storage", "OPTUNA_STORAGE"), ("tracking_uri", "MLFLOW_TRACKING_URI"))
         if variable in os.environ
     }
     return "".join(
-        f" --{name.replace('_', '-')} {shlex.quote(str(value))}"
+        f" --{name.replace('_', '-')} {shlex.quote(masked(str(value)))}"
         for name, value in values.items()
         if value is not None and str(value) != assumed.get(name)
     )

@@ -12,6 +12,7 @@ from ranksearch.cli.options import study_home
 from ranksearch.cli.terminal import print_front, print_table, say
 from ranksearch.errors import NoPlanError, RankSearchError, StudyError
 from ranksearch.home import StudyHome, read_json, studies_in
+from ranksearch.masking import masked
 from ranksearch.spec import Target
 
 STUDY_COLUMNS = ("study", "trials", "front", "target", "last written", "best")
@@ -52,7 +53,7 @@ def show_overview(home: Path, storage: str | None) -> None:
     places = {place.name: place for place in studies_in(home)}
     names = [*places] if storage is None else study_names(storage)
     if not names:
-        say(f"There is no study in {storage or home}; begin one with `ranksearch run STUDY.py`.")
+        say(f"There is no study in {masked(storage or str(home))}; begin one with `ranksearch run STUDY.py`.")
         return
     print_table(STUDY_COLUMNS, [_study_cells(name, places.get(name), storage) for name in names])
 
