@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 
 from ranksearch.errors import StudyError
+from ranksearch.masking import cause, masked
 
 JOURNAL = "journal.log"
 LOCK = "coordinator.lock"
@@ -127,8 +127,8 @@ def _open(storage: Storage) -> BaseStorage:
         return RDBStorage(str(storage))
     except Exception as error:
         # Drivers that are missing, servers that are down, URLs that are wrong: each has its own exception.
-        shown = re.sub(r"//[^@/]*@", "//***@", str(storage))
-        raise StudyError(f"cannot open the Optuna storage {shown}: {type(error).__name__}: {error}") from error
+        told = f"cannot open the Optuna storage {storage}: {type(error).__name__}: {error}"
+        raise StudyError(masked(told)) from cause(error)
 
 
 def _open_journal(journal: Path) -> BaseStorage:
