@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import Evaluation
 from ranksearch.ladder import Terms
+from ranksearch.masking import masked
 from ranksearch.plan import Plan
 
 MAX_REASON_CHARACTERS = 2000
@@ -87,4 +88,4 @@ def run_job(evaluate: Callable[[Job], Evaluation], job: Job, clock: Callable[[],
 def told(error: Exception) -> str:
     """What a user reads: our own errors are sentences, others need their kind."""
     text = str(error) if isinstance(error, RankSearchError) else f"{type(error).__name__}: {error}"
-    return text[:MAX_REASON_CHARACTERS]
+    return masked(text)[:MAX_REASON_CHARACTERS]
