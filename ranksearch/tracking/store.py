@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranksearch.errors import StudyError
+from ranksearch.masking import cause, masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,7 +52,7 @@ def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
         return f"sqlite:///{path}"
     if uri.startswith("file:") or "://" not in uri:
         raise StudyError(
-            f"tracking URI {uri!r} is a folder of files, which MLflow 3 no longer writes; "
+            f"tracking URI {masked(uri)!r} is a folder of files, which MLflow 3 no longer writes; "
             "use sqlite:///mlflow.db or the http(s) address of a server"
         )
     return uri
@@ -102,8 +103,8 @@ def store_failures() -> tuple[type[Exception], ...]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, its name where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of what an exception says, without passwords; its name where it says nothing."""
+    return masked(next(iter(str(error).splitlines()), type(error).__name__))
 
 
 @contextmanager
@@ -112,10 +113,10 @@ def explained(tracking_uri: str) -> Iterator[None]:
     try:
         yield
     except store_failures() as error:
-        reason = first_line(error)
+        place, reason = f"MLflow at {masked(tracking_uri)}", first_line(error)
         if is_remote(tracking_uri) and _is_no_answer(error):
-            raise NoAnswerError(f"MLflow at {tracking_uri} does not answer: {reason}") from error
-        raise StudyError(f"MLflow at {tracking_uri} cannot be used: {reason}; give another --tracking-uri") from error
+            raise NoAnswerError(f"{place} does not answer: {reason}") from cause(error)
+        raise StudyError(f"{place} cannot be used: {reason}; give another --tracking-uri") from cause(error)
 
 
 def _is_no_answer(error: BaseException) -> bool:
@@ -164,7 +165,8 @@ def find_study(
     uri = resolve_tracking_uri(tracking_uri)
     path = sqlite_path(uri)
     name = experiment_name(experiment, study_name)
-    missing = f"no run of study {study_name!r} in experiment {name!r} of {uri}; run the study, or give --tracking-uri"
+    where = f"experiment {name!r} of {masked(uri)}"
+    missing = f"no run of study {study_name!r} in {where}; run the study, or give --tracking-uri"
     if path is not None and not path.is_file():
         raise StudyError(f"there is {missing}")
     client = connect(uri)
