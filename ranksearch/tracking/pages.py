@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
 from ranksearch.errors import StudyError
+from ranksearch.masking import masked, public_address
 from ranksearch.tracking.store import PARENT_TAG, PREFIX, is_remote, resolve_tracking_uri
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def page_key(parent_run_id: str) -> str:
 def page_url(server: str, experiment_id: str, parent_run_id: str, mode: str = "CHART") -> str:
     """The address of the study's page; `mode` is CHART (scatters beside the names) or TABLE (all columns)."""
     view = f"viewStateShareKey={page_key(parent_run_id)}&compareRunsMode={mode}&workflowType=machine_learning"
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{view}"
+    return f"{public_address(server).rstrip('/')}/#/experiments/{experiment_id}/runs?{view}"
 
 
 def save_page(client: "MlflowClient", experiment_id: str, parent_run_id: str) -> None:
@@ -166,7 +167,8 @@ def serve(
         server.close()
         log.seek(0)
         tail = "\n".join(log.read().decode(errors="replace").splitlines()[-15:])
-    raise StudyError(f"the MLflow UI of {uri} did not start on port {chosen} within {timeout_s:.0f} s:\n{tail}")
+    told = f"the MLflow UI of {uri} did not start on port {chosen} within {timeout_s:.0f} s:\n{tail}"
+    raise StudyError(masked(told))
 
 
 def free_port(port: int) -> int:
@@ -185,12 +187,16 @@ def free_port(port: int) -> int:
 
 def _start(uri: str, port: int, log: Any) -> subprocess.Popen[bytes]:
     """The server's process, leader of its own group so that its workers end with it."""
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    command += ["--host", HOST, "--port", str(port), "--workers", "1"]
-    # The jobs of MLflow's own evaluations are not ours; without them it starts two processes fewer.
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port), "--workers", "1"]
+    environment = {
+        # Not among the words of the command, which everybody on the machine can list: a URI may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
+        # The jobs of MLflow's own evaluations are not ours; without them it starts two processes fewer.
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | environment, start_new_session=True
     )
 
 
