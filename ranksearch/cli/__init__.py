@@ -23,6 +23,7 @@ from ranksearch.cli.options import (
 )
 from ranksearch.errors import NoPlanError, RankSearchError, StudyError
 from ranksearch.home import DEFAULT_HOME
+from ranksearch.masking import masked
 
 app = typer.Typer(
     help="Search, for every layer of a trained model, its decomposition, its rank and its bits.",
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _exit(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {masked(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 
