@@ -23,6 +23,7 @@ from ranksearch.layers import call_model, evaluating
 from ranksearch.load_example import LOAD_EXAMPLE, loading_script, with_ranksearch
 from ranksearch.plan import Plan, Provenance, Quantizer
 from ranksearch.quantization import activation_quantizers, freeze
+from ranksearch.reading import check_own_files
 from ranksearch.spec import Batches
 from ranksearch.trees import tensors
 from ranksearch.versions import package_versions
@@ -36,6 +37,9 @@ PLAN, WEIGHTS, RUNTIME, EXAMPLE, REPORT = (
     "example.safetensors",
     "report.md",
 )
+# Weights may be stored in a wider type than the model's that they are loaded into.
+MOST_TIMES, HEADER_BYTES = 4, 1 << 20
+MAX_EXAMPLE_BYTES = 4 << 30
 
 
 def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Batches | None = None) -> Plan:
@@ -93,6 +97,7 @@ def load(directory: str | Path, model: nn.Module) -> nn.Module:
     fit the model.
     """
     folder = Path(directory)
+    _check_own(folder)
     plan = Plan.read(folder / PLAN)
     expected = plan.provenance.sha256 if plan.provenance else None
     if not (folder / WEIGHTS).is_file():
@@ -100,11 +105,25 @@ def load(directory: str | Path, model: nn.Module) -> nn.Module:
     if expected is not None and file_sha256(folder / WEIGHTS) != expected:
         raise PlanError(f"{folder / WEIGHTS} is not the file that {PLAN} names by its SHA-256; export the plan again")
     loaded = rebuild(model, plan)
+    _check_size(folder / WEIGHTS, MOST_TIMES * sum(tensor.nbytes for tensor in loaded.state_dict().values()))
     try:
         load_stored(loaded, load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise PlanError(f"{folder / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
     return loaded.eval()
+
+
+def _check_own(folder: Path) -> None:
+    try:
+        check_own_files(folder)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{folder} cannot be read: {error}") from None
+
+
+def _check_size(path: Path, most: int) -> None:
+    """Raises PlanError for a file that is larger than it can be, before memory is taken for it."""
+    if (n_bytes := path.stat().st_size) > most + HEADER_BYTES:
+        raise PlanError(f"{path} has {n_bytes:,} bytes, and {most:,} at most fit; export the plan again")
 
 
 def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path) -> None:
@@ -153,13 +172,14 @@ def export_bundle(
     if not (bundle / PLAN).is_file():
         raise StudyError(f"the weights of this plan are gone ({bundle}); choose another trial, or run it again")
     _check_destination(destination, force)
+    _check_own(bundle)
     plan = Plan.read(bundle / PLAN)
     written = plan.provenance or Provenance()
     plan = plan.model_copy(
         update={"provenance": provenance.model_copy(update={"versions": written.versions, "sha256": written.sha256})}
     )
     with written_aside(destination) as folder:
-        for path in bundle.iterdir():
+        for path in filter(Path.is_file, bundle.iterdir()):
             shutil.copy2(path, folder / path.name)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         if not (folder / LOAD_EXAMPLE).is_file():
@@ -242,6 +262,7 @@ def read_example(folder: str | Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """
     path = Path(folder) / EXAMPLE
     try:
+        _check_size(path, MAX_EXAMPLE_BYTES)
         with safe_open(path, framework="pt") as file:
             kind = (file.metadata() or {})["inputs"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping

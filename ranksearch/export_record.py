@@ -1,5 +1,6 @@
 """What an export folder says of itself, read with care: the folder may be a stranger's, or damaged."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -14,7 +15,11 @@ from ranksearch.errors import MeasurementError, RankSearchError, StudyError
 from ranksearch.export import EXAMPLE, PLAN, RUNTIME, WEIGHTS, file_sha256, named_values
 from ranksearch.home import read_json
 from ranksearch.portable import relative_distance
+from ranksearch.reading import check_own_files, is_file_name, read_text, shown
 from ranksearch.spec import Target
+
+# A runtime would start them all.
+MAX_THREADS = 4096
 
 
 class ExportRecord(BaseModel):
@@ -30,10 +35,12 @@ class ExportRecord(BaseModel):
     sha256: dict[str, str]
 
     def figure(self, name: str) -> float:
-        """A figure that the folder claims. Raises StudyError where it is missing or no number."""
+        """A figure that the folder claims. Raises StudyError where it is missing or no finite number."""
         value = self.measured.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise StudyError(f"{RUNTIME}: measured.{name} is {value!r}, not a number; export the plan again")
+        # NaN is not below anything.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            told = shown(value)
+            raise StudyError(f"{RUNTIME}: measured.{name} is {told}, not a finite number; export the plan again")
         return value
 
 
@@ -43,22 +50,27 @@ def read_record(directory: Path) -> ExportRecord:
     if not path.is_file():
         raise StudyError(f"{directory} is no export folder: {RUNTIME} is missing")
     try:
-        record = ExportRecord.model_validate_json(path.read_bytes())
+        check_own_files(directory)
+        record = ExportRecord.model_validate_json(read_text(path))
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "its text"
-        raise StudyError(f"{directory} is no export folder: {RUNTIME}: {place!r}: {problem['msg']}") from None
-    except (OSError, TypeError) as error:
+        raise StudyError(f"{directory} is no export folder: {RUNTIME}: {shown(place)}: {problem['msg']}") from None
+    except (OSError, TypeError, ValueError) as error:
         raise StudyError(f"{directory} is no export folder: {RUNTIME} cannot be read: {error}") from None
     strange = read_json(path)["target"].keys() - {field.name for field in fields(Target)}
     if strange:
-        raise StudyError(f"{RUNTIME}: this version knows no {sorted(strange)[0]!r} of a target; install a newer one")
+        raise StudyError(f"{RUNTIME}: this version knows no {shown(min(strange))} of a target; install a newer one")
     for name in (record.artefact, *record.sha256):
-        if not name.isprintable() or name in ("", ".", "..") or {"/", "\\"} & {*name}:
-            raise StudyError(f"{RUNTIME} names a file {name!r}, which is none of its folder's; export the plan again")
+        if not is_file_name(name):
+            raise StudyError(
+                f"{RUNTIME} names a file {shown(name)}, which is none of its folder's; export the plan again"
+            )
+    if (record.target.threads or 1) > MAX_THREADS:
+        raise StudyError(f"{RUNTIME}: {record.target.threads} threads are more than any machine has; it is damaged")
     unlisted = {PLAN, WEIGHTS, EXAMPLE, record.artefact} - record.sha256.keys()
     if unlisted:
-        raise StudyError(f"{RUNTIME} has no SHA-256 of {', '.join(sorted(unlisted))}; export the plan again")
+        raise StudyError(f"{RUNTIME} has no SHA-256 of {shown(', '.join(sorted(unlisted)))}; export the plan again")
     return record
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
-from ranksearch.export import RUNTIME, write_bundle
-from ranksearch.home import DEFAULT_HOME, StudyHome, read_json, write_json
+from ranksearch.export import write_bundle
+from ranksearch.home import DEFAULT_HOME, StudyHome, artefact_of, read_json, write_json
 from ranksearch.identity import OF_THE_WEIGHTS, study_identity
 from ranksearch.ladder import Evaluator, Terms
 from ranksearch.listener import Progress, Silent, open_tracker, preparing
@@ -87,7 +87,9 @@ def _trained(
     )
     evaluation = evaluator.evaluate(plan, Terms(may_stop=False)).model_copy(update={"rung": "full"})
     told.stage("measuring it on the runtime and on test data")
-    opened = bench.open(folder / read_json(folder / RUNTIME)["artefact"])
+    artefact = artefact_of(folder)
+    assert artefact is not None, "the evaluator has kept the plan"
+    opened = bench.open(artefact)
     figures = Judge(bench).figures(opened, session.dense_latency_ms)
     row = evaluation_row(evaluation, ResolvedLimits())
     row |= {name: value for name, value in figures.items() if name in FRONT_COLUMNS}

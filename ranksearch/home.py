@@ -8,6 +8,7 @@ from typing import Any
 
 from ranksearch.cache import write_atomically
 from ranksearch.errors import StudyError
+from ranksearch.reading import is_file_name, parse_json, read_own_text, shown
 from ranksearch.spec import MOVED_ASIDE
 
 DEFAULT_HOME = Path(".ranksearch")
@@ -82,14 +83,27 @@ def shown_script(home: StudyHome, record: Mapping[str, Any]) -> str:
     return str(Path(script).relative_to(base)) if Path(script).is_relative_to(base) else str(script)
 
 
-def read_json(path: Path) -> Any:
-    """The file's content, {} where there is none. Raises StudyError where it is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object, {} where there is no file. Raises StudyError where it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_own_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise StudyError(f"{path} cannot be read: {error}; restore it, or start over with --new") from None
+    if not isinstance(content, dict):
+        raise StudyError(f"{path} holds no JSON object; restore it, or start over with --new")
+    return content
+
+
+def artefact_of(folder: Path) -> Path | None:
+    """The artefact in a plan's folder, by its record; None where there is none. Raises StudyError for one elsewhere."""
+    name = read_json(folder / "runtime.json").get("artefact")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not is_file_name(name):
+        raise StudyError(f"{folder / 'runtime.json'} names a file {shown(name)}, which is none of its folder's")
+    return folder / name
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,8 +10,10 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ranksearch.errors import PlanError
+from ranksearch.reading import parse_json, read_text, shown
 
 SCHEMA: Literal[1] = 1
+MAX_PLACE_CHARACTERS = 200
 
 Option = int | str
 
@@ -141,11 +143,11 @@ class Plan(_Value):
     def from_json(cls, text: str, source: str = "plan") -> Self:
         """Reads a plan. Raises PlanError, naming `source` and each offending key."""
         try:
-            version = json.loads(text).get("schema")
-        except (ValueError, AttributeError, RecursionError) as error:
+            version = parse_json(text).get("schema")
+        except (ValueError, AttributeError) as error:
             raise PlanError(f"{source} is not a JSON object: {error}") from None
         if version != SCHEMA:
-            raise PlanError(f'{source}: schema is {version!r}; this version reads "schema": {SCHEMA}')
+            raise PlanError(f'{source}: schema is {shown(version)}; this version reads "schema": {SCHEMA}')
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -155,8 +157,8 @@ class Plan(_Value):
     def read(cls, path: str | Path) -> Self:
         """Reads a plan file. Raises PlanError where there is none, or none that is valid."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(Path(path))
+        except (OSError, ValueError) as error:
             raise PlanError(f"cannot read the plan file {path}: {error}") from None
         return cls.from_json(text, source=str(path))
 
@@ -199,7 +201,7 @@ def _explain(error: ValidationError) -> str:
     for problem in error.errors()[:3]:
         place = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            problems.append(f"unknown key {place!r}")
+            problems.append(f"unknown key {shown(place)}")
         else:
-            problems.append(f"{place}: {problem['msg']}, got {problem['input']!r}")
+            problems.append(f"{place[:MAX_PLACE_CHARACTERS]}: {problem['msg']}, got {shown(problem['input'])}")
     return "; ".join(problems)
