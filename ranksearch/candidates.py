@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ranksearch.errors import StudyError
 from ranksearch.latency_model import LatencyModel
@@ -19,6 +19,10 @@ N_RANDOM_PLANS, WINDOW = 6, 0.5
 TimePlan = Callable[[Plan], float]
 MeasureLoss = Callable[[Plan], float]
 
+# No measurement gives more, and what is computed of these stays finite.
+Figure = Annotated[float, Field(ge=-1e30, le=1e30)]
+Bytes = Annotated[int, Field(ge=0, le=2**62)]
+
 
 class Candidate(BaseModel):
     """One choice for one layer: predicted loss (in nats of KL to dense), latency on the target, bytes on disk.
@@ -30,10 +34,10 @@ class Candidate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     choice: LayerChoice
-    loss: float
-    latency_ms: float
-    n_bytes: int
-    rounding_loss: float = 0.0
+    loss: Figure
+    latency_ms: Figure
+    n_bytes: Bytes
+    rounding_loss: Figure = 0.0
     storage_only: bool = False
 
     @property
@@ -80,11 +84,18 @@ class Profile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[LayerProfile, ...]
-    dense_latency_ms: float
-    dense_bytes: int
+    dense_latency_ms: Annotated[Figure, Field(gt=0)]
+    dense_bytes: Annotated[Bytes, Field(gt=0)]
     latency_model: LatencyModel = LatencyModel()
     loss_model: LossModel = LossModel()
     ties: tuple[tuple[str, ...], ...] = ()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) < len(names) or not {name for tied in self.ties for name in tied} <= set(names):
+            raise ValueError("a layer is there twice, or tied and not there")
+        return self
 
     def tied_rows(self) -> tuple[tuple[int, ...], ...]:
         """The places of tied layers, by tie."""
@@ -152,7 +163,7 @@ class Profile(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise StudyError(f"{source} is damaged: {error.errors()[0]['msg']}") from None
+            raise StudyError(f"{source} is damaged: {error.errors()[0]['msg']}; restore it, or start over") from None
 
     def hash(self) -> str:
         """Sixteen hex digits of the SHA-256 of the table."""

@@ -10,7 +10,8 @@ from torch import nn
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import FRONT_COLUMNS
-from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.home import StudyHome, write_json
+from ranksearch.home_records import control_records
 from ranksearch.layers import LayerInfo, LayerSpec
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.recovery import recover
@@ -82,9 +83,8 @@ def measure_controls(
     A record that cannot be had here, such as an int8 quantizer that is not installed, is a row with its reason in
     `summary` and no figures.
     """
-    kept = read_json(home.controls)
-    if not kept:
-        rows = []
+    rows = control_records(home)
+    if not rows:
         for name, measure in _records(bench, dense_latency_ms, max_seconds):
             on_control(name)
             row: Row = {**dict.fromkeys(FRONT_COLUMNS), "origin": f"control: {name}", "pareto": False}
@@ -94,9 +94,8 @@ def measure_controls(
                 # A record that fails costs its row, not the study, whatever a foreign quantizer raises.
                 row["summary"] = f"{name}: unavailable: {_reason(error)}"
             rows.append(row)
-        kept = {"controls": rows}
-        write_json(home.controls, kept)
-    return list(kept["controls"])
+        write_json(home.controls, {"controls": rows})
+    return rows
 
 
 def _reason(error: Exception) -> str:

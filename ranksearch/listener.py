@@ -8,6 +8,7 @@ from ranksearch.cache import write_atomically
 from ranksearch.early_stopping import StopRule, agreements
 from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, read_json
+from ranksearch.home_records import figures_again
 from ranksearch.optimization import (
     DropEstimator,
     Estimates,
@@ -202,7 +203,7 @@ class Listener:
 
     def rows(self) -> list[Row]:
         """Every evaluated plan as it stands now."""
-        remeasured = read_json(self.home.remeasured)
+        remeasured = figures_again(self.home)
         return trial_rows(self.history, self.objectives, self.limits, remeasured, self._estimates())
 
     def _hypervolume(self) -> float:
@@ -219,11 +220,11 @@ class Listener:
         return near_ties(judgeable, self.objectives, self._estimates(), deviations)
 
     def _further(self) -> dict[str, FurtherDrop]:
-        return further_drops(read_json(self.home.remeasured))
+        return further_drops(figures_again(self.home))
 
     def gapped(self) -> list[int]:
         """The trials that are off the front, since the runtime scores them otherwise than torch."""
-        return gapped_trials(self.history, read_json(self.home.remeasured))
+        return gapped_trials(self.history, figures_again(self.home))
 
 
 def preparing(told: Progress) -> Callable[[Step], None]:

@@ -13,13 +13,14 @@ from ranksearch.errors import RankSearchError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, load
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json, write_json
+from ranksearch.home_records import read_profile
 from ranksearch.identity import OF_THE_WEIGHTS, study_identity
 from ranksearch.optimization import ResolvedLimits, check_identity, read_study
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import Plan
 from ranksearch.remeasure import Figures, Judge, target_record
 from ranksearch.results import MEASURED, Row, judged, resolve_goals, summary
-from ranksearch.search_result import read_profile, read_result
+from ranksearch.search_result import read_result
 from ranksearch.session import dense_latency
 from ranksearch.spec import Objective, StudySpec, Target
 from ranksearch.workbench import Workbench, open_workbench

@@ -11,7 +11,8 @@ from typing import Any
 
 from ranksearch.device import other_cores
 from ranksearch.errors import MeasurementError
-from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.home import StudyHome, artefact_of, write_json
+from ranksearch.home_records import figures_again
 from ranksearch.ladder import latency_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
@@ -70,13 +71,13 @@ def remeasure_plans(
 
     Latencies are taken side by side, of dense and some plans at a time.
     """
-    known: dict[str, Figures] = dict(read_json(home.remeasured))
-    artefacts = {name: read_json(home.plan(name) / "runtime.json").get("artefact") for name in plan_hashes}
-    missing = [name for name in unmeasured(known, artefacts, bench.data) if artefacts[name] is not None]
+    known: dict[str, Figures] = figures_again(home)
+    artefacts = {name: found for name in plan_hashes if (found := artefact_of(home.plan(name))) is not None}
+    missing = unmeasured(known, artefacts, bench.data)
     judge = Judge(bench, max_seconds)
     for start in range(0, len(missing), N_TOGETHER):
         names = missing[start : start + N_TOGETHER]
-        sessions = [bench.open(home.plan(name) / artefacts[name]) for name in names]
+        sessions = [bench.open(artefacts[name]) for name in names]
         latencies = judge.latencies(sessions, dense_latency_ms)
         for name, session, latency in zip(names, sessions, latencies, strict=True):
             known[name] = latency | judge.accuracies(session)

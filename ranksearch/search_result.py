@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ranksearch.candidates import Profile
 from ranksearch.early_stopping import Agreement, agreements
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
-from ranksearch.home import StudyHome, read_json
+from ranksearch.home import StudyHome
+from ranksearch.home_records import control_records, figures_again, full_records, read_profile, study_record
 from ranksearch.optimization import (
     Estimates,
     FurtherDrop,
@@ -21,6 +21,7 @@ from ranksearch.optimization import (
     trained_evaluations,
 )
 from ranksearch.plan import Plan
+from ranksearch.reading import shown
 from ranksearch.results import (
     Row,
     Unfinished,
@@ -93,24 +94,29 @@ def as_table(rows: Sequence[Row]) -> "pandas.DataFrame":
 
 def read_result(home: StudyHome, storage: str | None = None) -> SearchResult:
     """What a study has found so far, read without running any user code, also while it runs."""
-    record = read_json(home.study)
+    record = study_record(home)
     objectives: tuple[Objective, ...] = tuple(record["objectives"])
     optuna_study = read_study(storage or home.directory, record["name"])
-    limits = _stored_limits(optuna_study.user_attrs["limits"])
-    history, remeasured = read_records(optuna_study), read_json(home.remeasured)
+    limits = _stored_limits(home, optuna_study.user_attrs.get("limits"))
+    history, remeasured = read_records(optuna_study), figures_again(home)
     estimates = _estimates(home, history, record["dense_accuracy"], further_drops(remeasured))
     gapped = gapped_trials(history, remeasured)
     return SearchResult(
         home=home,
         rows=trial_rows(history, objectives, limits, remeasured, estimates),
-        controls=list(read_json(home.controls).get("controls", [])),
+        controls=[_in_columns(row) for row in control_records(home)],
         plans={record.number: record.plan for record in history},
         limits=limits,
         gapped=gapped,
         unfinished=unfinished_trials(history, gapped),
-        full=list(read_json(home.full).values()),
+        full=[_in_columns(row) for row in full_records(home)],
         agreements=agreements(list(trained_evaluations(history).values())),
     )
+
+
+def _in_columns(row: Row) -> Row:
+    """The row with all of the front's columns."""
+    return {**dict.fromkeys(FRONT_COLUMNS), **row}
 
 
 def _estimates(
@@ -122,10 +128,9 @@ def _estimates(
     return estimated_drops(read_profile(home), history, drop_unit(dense_score), further)
 
 
-def read_profile(home: StudyHome) -> Profile:
-    """The study's candidate table."""
-    return Profile.from_json(home.candidates.read_text(encoding="utf-8"), source=str(home.candidates))
-
-
-def _stored_limits(limits: Mapping[str, float | None]) -> ResolvedLimits:
-    return ResolvedLimits(max_drop=limits["drop"], max_latency_ratio=limits["latency"], max_bytes_ratio=limits["bytes"])
+def _stored_limits(home: StudyHome, limits: object) -> ResolvedLimits:
+    """The limits as the trials' storage has them. Raises StudyError where they are damaged."""
+    try:
+        return ResolvedLimits.from_json(limits)
+    except ValueError:
+        raise StudyError(f"the goals of the study in {home.directory} are damaged: {shown(limits)}") from None

@@ -16,6 +16,7 @@ from ranksearch.device import device_lock
 from ranksearch.errors import StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.home_records import read_profile, study_record
 from ranksearch.identity import profile_identity
 from ranksearch.layer_timing import LayerTimer, PlanTimer
 from ranksearch.machine import machine_state, machine_warnings
@@ -47,14 +48,14 @@ class Session:
 
 def prepare(bench: Workbench, home: StudyHome, stage: Callable[[str], None]) -> Session:
     """Begins a study, or reads how it was begun. Raises StudyError where it was timed on another machine."""
-    record = read_json(home.study)
+    record = study_record(home)
     if record:
         _check_machine(record, target_record(bench), bench.spec.name)
     stage("calibration: one pass over the dense model")
     factorisations = bench.factorisations()
     controls = control_plans(bench)
     if record:
-        profile = _read_table(home)
+        profile = read_profile(home)
     else:
         stage("measuring dense and the noise floor")
         before = machine_state(bench.spec.target)
@@ -113,8 +114,8 @@ def make_profile(
     spec, target = bench.spec, bench.spec.target
     plans = [plan for _, plan in controls]
     tables, key = Cache(directory=cache_directory() / "profiles"), profile_identity(bench, plans)
-    if (known := tables.get(key)) is not None:
-        return Profile.from_json(known.decode(), source="the cached candidate table")
+    if (known := _kept_table(tables, key)) is not None:
+        return known
     cache = Cache(directory=cache_directory() / "latency")
     timing: dict[str, Any] = {"runtime": bench.runtime, "target": target, "cache": cache}
     with device_lock(target):
@@ -143,6 +144,15 @@ def make_profile(
     return table
 
 
+def _kept_table(tables: Cache, key: str) -> Profile | None:
+    """The table in the cache; None where there is none, or a damaged one."""
+    kept = tables.get(key)
+    try:
+        return None if kept is None else Profile.from_json(kept.decode())
+    except (StudyError, UnicodeDecodeError):
+        return None
+
+
 def _check_machine(record: dict[str, Any], now: dict[str, Any], name: str) -> None:
     """Raises StudyError where the same target is another machine now; another target is told as a difference."""
     then, here = record["fingerprint"], now["fingerprint"]
@@ -152,14 +162,6 @@ def _check_machine(record: dict[str, Any], now: dict[str, Any], name: str) -> No
             f"study {name!r} was timed elsewhere ({'; '.join(differing)}), and latencies of two machines cannot be "
             "compared; go on there, or start over with --new"
         )
-
-
-def _read_table(home: StudyHome) -> Profile:
-    try:
-        text = home.candidates.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StudyError(f"{home.candidates} cannot be read: {error}; restore it, or start over with --new") from None
-    return Profile.from_json(text, source=str(home.candidates))
 
 
 def _begin(bench: Workbench, home: StudyHome, profile: Profile, latency_ms: float, noise: float) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from ranksearch.errors import StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, export_bundle
 from ranksearch.home import StudyHome, read_json, shown_script
+from ranksearch.home_records import read_profile, study_record
 from ranksearch.plan import Plan, Provenance
 from ranksearch.reports import ExportFacts, export_report, plan_layers
 from ranksearch.results import Row, choose, judged, resolve_goals
-from ranksearch.search_result import SearchResult, read_profile, read_result
+from ranksearch.search_result import SearchResult, read_result
 from ranksearch.spec import Goals
 
 
@@ -46,7 +47,7 @@ def export_plan(
         row, note = trained, f"{note} Its weights are those of its full training."
     if not (bundle / PLAN).is_file():
         raise StudyError(f"the weights of trial {row['trial']} are gone; {_nearest(result, row)}")
-    record = read_json(home.study)
+    record = study_record(home)
     provenance = Provenance(study=record["name"], trial=row["trial"], seed=record.get("seed"))
     measured = {name: row[name] for name in FRONT_COLUMNS} | {"dense_latency_ms": record["dense_latency_ms"]}
     facts = _facts(result, row, plan, bundle, record)
@@ -88,7 +89,8 @@ def _facts(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Map
 def _notes(record: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
     """What a report has to say of layers: why they were skipped, and which bits are smaller but no faster."""
     skipped = [f"{name}: {reason}" for name, reason in record.get("skipped", {}).items()]
-    in_float = runtime.get("stayed_float", {})
+    stayed = runtime.get("stayed_float")
+    in_float = stayed if isinstance(stayed, dict) else {}
     return skipped + [
         f"{name}: fewer bits in the file, computed in float ({kernel})" for name, kernel in in_float.items()
     ]
@@ -121,7 +123,7 @@ def _nearest(result: SearchResult, row: Row) -> str:
 
 def _with_goals(result: SearchResult, goals: Goals) -> SearchResult:
     """The result, judged by other goals."""
-    record = read_json(result.home.study)
+    record = study_record(result.home)
     limits = resolve_goals(goals, record["dense_accuracy"], record["dense_latency_ms"], record["dense_bytes"])
     return replace(result, rows=[judged(row, limits) for row in result.rows], limits=limits)
 

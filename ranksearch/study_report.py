@@ -5,10 +5,11 @@ from typing import Any
 
 from ranksearch.candidates import Profile
 from ranksearch.figures import figure_html, layers_figure, pareto_figure, pareto_png
-from ranksearch.home import StudyHome, read_json, shown_script
+from ranksearch.home import StudyHome, shown_script
+from ranksearch.home_records import read_profile, study_record
 from ranksearch.reports import StudyFacts, plan_layers, study_note, study_page
 from ranksearch.results import default_choice, recommended, thin
-from ranksearch.search_result import SearchResult, read_profile, read_result
+from ranksearch.search_result import SearchResult, read_result
 from ranksearch.tracking import Story
 
 
@@ -19,7 +20,7 @@ def report_page(home: StudyHome, storage: str | None = None) -> str:
 
 def read_facts(home: StudyHome, storage: str | None = None) -> StudyFacts:
     """What the study's report tells, from its home."""
-    return study_facts(read_result(home, storage), read_json(home.study), read_profile(home))
+    return study_facts(read_result(home, storage), study_record(home), read_profile(home))
 
 
 def study_story(facts: StudyFacts, page: str) -> Story:

@@ -11,10 +11,11 @@ from ranksearch.errors import NoPlanError, StudyError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, RUNTIME
 from ranksearch.home import StudyHome, read_json, write_json
+from ranksearch.home_records import read_profile
 from ranksearch.optimization import ResolvedLimits, open_study
 from ranksearch.plan import Plan, Provenance
 from ranksearch.reports import plan_layers
-from ranksearch.search_result import SearchResult, read_profile, read_result
+from ranksearch.search_result import SearchResult, read_result
 from ranksearch.spec import OBJECTIVES, Goals
 from ranksearch.study_export import export_plan
 

@@ -11,7 +11,7 @@ import typer
 from ranksearch.cli.options import study_home
 from ranksearch.cli.terminal import print_front, print_table, say
 from ranksearch.errors import NoPlanError, RankSearchError, StudyError
-from ranksearch.home import StudyHome, read_json, studies_in
+from ranksearch.home import StudyHome, studies_in
 from ranksearch.masking import masked
 from ranksearch.spec import Target
 
@@ -60,13 +60,14 @@ def show_overview(home: Path, storage: str | None) -> None:
 
 def _study_cells(name: str, place: StudyHome | None, storage: str | None) -> tuple[str, ...]:
     """A study in one line; what cannot be read says why."""
+    from ranksearch.home_records import study_record
     from ranksearch.results import choose
     from ranksearch.search_result import read_result
 
     if place is None:
         return (name, "", "", "", "", "its folder is elsewhere: give its --home")
     try:
-        result, target = read_result(place, storage), Target(**read_json(place.study)["target"])
+        result, target = read_result(place, storage), Target(**study_record(place)["target"])
     except RankSearchError as error:
         return (name, "", "", "", "", str(error))
     n_trials = sum(not str(row["origin"]).startswith("control") for row in result.rows)
@@ -139,8 +140,9 @@ def show_plan(
     script: Path | None, name: str | None, trial: int, versus: int | None, *, home: Path, storage: str | None
 ) -> None:
     """One plan, layer by layer, beside another where asked."""
+    from ranksearch.home_records import read_profile
     from ranksearch.reports import plan_layers
-    from ranksearch.search_result import read_profile, read_result
+    from ranksearch.search_result import read_result
 
     place = study_home(script, name, home)
     result = read_result(place, storage)

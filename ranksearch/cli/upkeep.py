@@ -13,7 +13,7 @@ from ranksearch.cache import cache_directory
 from ranksearch.cli.options import study_home
 from ranksearch.cli.stopping import Interrupts
 from ranksearch.cli.terminal import err, print_table, say
-from ranksearch.home import StudyHome, read_json, studies_in
+from ranksearch.home import StudyHome, studies_in
 
 if TYPE_CHECKING:
     from ranksearch.doctor import RuntimeReport
@@ -31,11 +31,12 @@ def begin_script(what: str, output: Path | None) -> None:
 
 def serve_ui(script: Path | None, name: str | None, *, home: Path, tracking_uri: str | None, port: int) -> None:
     """Serves MLflow until interrupted; a server that is running already is only pointed at."""
+    from ranksearch.home_records import study_record
     from ranksearch.tracking import find_study, page_url, resolve_tracking_uri, serve
 
     place = study_home(script, name, home)
     uri = resolve_tracking_uri(tracking_uri)
-    run = find_study(uri, None, place.name, identity=read_json(place.study).get("uid"))
+    run = find_study(uri, None, place.name, identity=study_record(place).get("uid"))
     with contextlib.suppress(KeyboardInterrupt), Interrupts():
         with err.status("starting MLflow"):
             server = serve(uri, port)

@@ -1,6 +1,7 @@
 """The goals as numbers: how far an evaluation is beyond them, whether it meets them, and whether any plan can."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ranksearch.spec import Objective
 
 # Predictions are this far off at times: a goal that they miss by less may be met.
 SLACK = 0.9
+LARGEST = 1e30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,14 @@ class ResolvedLimits:
             "bytes": self.max_bytes_ratio,
         }
         return {name: limit for name, limit in known.items() if limit is not None}
+
+    @classmethod
+    def from_json(cls, limits: object) -> Self:
+        """What to_json gave. Raises ValueError for anything else."""
+        names = ("drop", "latency", "bytes")
+        if not isinstance(limits, dict) or any(not _is_limit(limits.get(name, "missing")) for name in names):
+            raise ValueError("limits are numbers, or null, of drop, latency and bytes")
+        return cls(max_drop=limits["drop"], max_latency_ratio=limits["latency"], max_bytes_ratio=limits["bytes"])
 
     def violations(self, evaluation: Evaluation) -> dict[str, float]:
         """By objective, how far the estimate lies beyond its limit (negative: within); only where both are known."""
@@ -61,6 +71,11 @@ class ResolvedLimits:
             for name, limit in self.to_json().items()
             if limit is not None and (figure := figures[name]) is not None
         }
+
+
+def _is_limit(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and abs(float(value)) <= LARGEST)  # type: ignore[arg-type]
 
 
 def out_of_reach(profile: Profile, limits: ResolvedLimits) -> list[str]:

@@ -3,17 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import Plan
+from ranksearch.reading import shown
 from ranksearch.spec import Objective
 
 State = Literal["complete", "pruned", "failed", "running"]
@@ -25,6 +26,44 @@ STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
 }
 DIED = "the process ended during this trial"
+
+_Figure = Annotated[float, Field(ge=-1e30, le=1e30)]
+_Positive = Annotated[float, Field(gt=0, le=1e30)]
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+
+
+class _Attributes(BaseModel):
+    """What is read of a trial's user attributes."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    plan: str
+    origin: str = "enqueued"
+    control: bool = False
+    evaluation: str | None = None
+    reason: str | None = None
+    run_id: str | None = None
+    duplicate_of: int | None = None
+    queued_again: bool = False
+    seconds: float | None = None
+
+
+class _Deciding(BaseModel):
+    """The figures of an evaluation that are computed with."""
+
+    accuracy: _Figure | None
+    accuracy_drop: _Figure | None
+    drop_low: _Figure | None
+    drop_high: _Figure | None
+    latency_ms: _Positive
+    latency_p95_ms: _Positive
+    latency_ratio: _Positive
+    ratio_low: _Figure
+    ratio_high: _Figure
+    model_bytes: _Count
+    bytes_ratio: _Positive
+    n_params: _Count
+    macs: _Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +106,34 @@ class TrialRecord:
 def read_records(optuna_study: Study) -> list[TrialRecord]:
     """Every trial that was started, in order. Raises StudyError for one that cannot be read."""
     trials = optuna_study.get_trials(deepcopy=False)
-    retried = {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
+    # A list: of a damaged trial it may be anything.
+    retried = [trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs]
     started = [trial for trial in trials if trial.state in STATES and "plan" in trial.user_attrs]
     return [record_of(trial, queued_again=trial.number in retried) for trial in started]
 
 
 def record_of(trial: FrozenTrial, queued_again: bool = False) -> TrialRecord:
     """The trial as a value. Raises StudyError where its attributes cannot be read."""
-    attributes = trial.user_attrs
-    failed = trial.state is TrialState.FAIL
+    try:
+        attributes = _Attributes.model_validate(trial.user_attrs)
+        evaluation = None if attributes.evaluation is None else _sound(attributes.evaluation)
+        plan = Plan.from_json(attributes.plan, source=f"trial {trial.number}")
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise StudyError(f"trial {trial.number} is damaged: {shown(place)}: {problem['msg']}") from None
     return TrialRecord(
         number=trial.number,
         state=STATES[trial.state],
-        origin=attributes.get("origin", "enqueued"),
-        plan=Plan.from_json(attributes["plan"], source=f"trial {trial.number}"),
-        control=attributes.get("control", False),
-        evaluation=_evaluation(trial),
-        reason=attributes.get("reason", DIED if failed else None),
-        run_id=attributes.get("run_id"),
-        duplicate_of=attributes.get("duplicate_of"),
-        queued_again=queued_again or attributes.get("queued_again", False),
-        seconds=attributes.get("seconds"),
+        origin=attributes.origin,
+        plan=plan,
+        control=attributes.control,
+        evaluation=evaluation,
+        reason=attributes.reason or (DIED if trial.state is TrialState.FAIL else None),
+        run_id=attributes.run_id,
+        duplicate_of=attributes.duplicate_of,
+        queued_again=queued_again or attributes.queued_again,
+        seconds=attributes.seconds,
     )
 
 
@@ -166,11 +212,8 @@ class History:
         return float(np.mean([s for s in timed if s is not None])) if timed else 0.0
 
 
-def _evaluation(trial: FrozenTrial) -> Evaluation | None:
-    text = trial.user_attrs.get("evaluation")
-    if text is None:
-        return None
-    try:
-        return Evaluation.model_validate_json(text)
-    except ValidationError as error:
-        raise StudyError(f"trial {trial.number}: its evaluation is damaged: {error.errors()[0]['msg']}") from None
+def _sound(text: str) -> Evaluation:
+    """The evaluation. Raises ValidationError where it is damaged, or its figures are such as no plan can have."""
+    evaluation = Evaluation.model_validate_json(text)
+    _Deciding.model_validate(evaluation.model_dump(include=set(_Deciding.model_fields)))
+    return evaluation

@@ -85,7 +85,7 @@ def study_page(facts: StudyFacts) -> str:
         *section("Left out", Bullets(_left_out(facts))),
         *section("How far the order of plans can be trusted", Bullets(tuple(facts.agreements))),
         *section("Target", target_table(record["target"], record["fingerprint"], record["noise_floor"])),
-        *section("Versions", listing({**facts.versions, "seed": record["seed"]}, "package", "version")),
+        *section("Versions", listing({**facts.versions, "seed": record.get("seed")}, "package", "version")),
         *section("Again", Code("\n".join(_commands(facts)))),
         *section("Papers behind the front", Code(bibtex(facts.plans), "bibtex")),
     ]
