@@ -4,12 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_MAX_BYTES = 1 << 30
+HASH_BYTES = 32
 
 
 def cache_directory() -> Path:
@@ -59,11 +61,15 @@ class Cache:
         """What was put under `key`, or None; each entry carries its own checksum, so a damaged one is None."""
         path = self.directory / key
         try:
+            status = path.lstat()
+            # A link or a pipe is none of ours.
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self.max_bytes + HASH_BYTES:
+                return None
             data = path.read_bytes()
             os.utime(path)
         except OSError:
             return None
-        checksum, content = data[:32], data[32:]
+        checksum, content = data[:HASH_BYTES], data[HASH_BYTES:]
         return content if hashlib.sha256(content).digest() == checksum else None
 
     def put(self, key: str, content: bytes) -> None:
@@ -73,10 +79,10 @@ class Cache:
             self._evict()
 
     def _evict(self) -> None:
-        files = [(path.stat(), path) for path in self.directory.iterdir() if path.is_file()]
-        total = sum(stat.st_size for stat, _ in files)
-        for stat, path in sorted(files, key=lambda entry: entry[0].st_mtime):
+        files = [(path.lstat(), path) for path in self.directory.iterdir() if path.is_file()]
+        total = sum(status.st_size for status, _ in files)
+        for status, path in sorted(files, key=lambda entry: entry[0].st_mtime):
             if total <= self.max_bytes:
                 return
             path.unlink(missing_ok=True)
-            total -= stat.st_size
+            total -= status.st_size

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import final
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ranksearch import decompositions
@@ -74,8 +75,9 @@ class Factorisations:
             return self._cut(layer, choice)
         what = [choice.decomposition, _spelled_out(choice), list(choice.ranks)]
         key = content_hash(code, self._layer_hash(layer), what)
-        if (known := self._cache.get(key)) is not None:
-            return _from_bytes(known)
+        known = self._cache.get(key)
+        if known is not None and (kept := _from_bytes(known, self._shapes(layer, choice))) is not None:
+            return kept
         factors = self._cut(layer, choice)
         self._cache.put(key, _to_bytes(factors))
         return factors
@@ -87,6 +89,14 @@ class Factorisations:
             weight = layer_weight(self._model.get_submodule(layer))
             change = mean_change(weight - factorisation.weight(choice.ranks), statistics.input_mean)
         return Factors(weights=factorisation.factors(choice.ranks), mean_change=change)
+
+    def _shapes(self, layer: str, choice: LayerChoice) -> list[torch.Size]:
+        """Those of the factors' weights, in their order."""
+        with torch.device("meta"):
+            built = DECOMPOSITIONS[choice.decomposition].build(
+                _spec(self._model.get_submodule(layer)), choice.ranks, choice.factor_options
+            )
+        return [layer_weight(module).shape for module in built.modules() if layer_spec(module) is not None]
 
     def _layer_hash(self, layer: str) -> str:
         """What a layer's factors are made from, beside the code."""
@@ -164,7 +174,14 @@ def _to_bytes(factors: Factors) -> bytes:
     return safetensors.torch.save({name: tensor.cpu() for name, tensor in tensors.items()})
 
 
-def _from_bytes(data: bytes) -> Factors:
-    tensors = safetensors.torch.load(data)
-    change = tensors.pop("mean_change", None)
-    return Factors(weights=tuple(tensors[f"factor{i}"] for i in range(len(tensors))), mean_change=change)
+def _from_bytes(data: bytes, shapes: Sequence[torch.Size]) -> Factors | None:
+    """What _to_bytes wrote of factors of these shapes; None where it is something else."""
+    try:
+        tensors = safetensors.torch.load(data)
+        change = tensors.pop("mean_change", None)
+        weights = tuple(tensors.pop(f"factor{i}") for i in range(len(shapes)))
+    except (SafetensorError, KeyError, ValueError, RuntimeError):
+        return None
+    are_factors = [weight.shape for weight in weights] == list(shapes) and not tensors
+    is_bias = change is None or change.shape == shapes[-1][:1]
+    return Factors(weights=weights, mean_change=change) if are_factors and is_bias else None

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ranksearch.cache import Cache, content_hash
@@ -27,6 +28,7 @@ FEW_CHANNELS = 4
 SMALLEST_RATIO = 0.001
 QUICKLY: dict[str, Any] = {"n_blocks": 6, "max_seconds": 0.1, "block_seconds": 0.003, "narrow": 0.02}
 WITH_CARE: dict[str, Any] = {"n_blocks": 12, "max_seconds": 0.6, "narrow": 0.02}
+_POSITIVE = TypeAdapter(list[Annotated[float, Field(gt=0, le=1e30)]])
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 _NORMS: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 
@@ -81,13 +83,14 @@ class LayerTimer:
         place = content_hash(type(layer).__name__, repr(info.spec), info.input_shape)
         wanted = list(dict.fromkeys(choices))
         keys = {choice: f"layer-{self._hash(place, choice.key())}" for choice in wanted}
-        known = {choice: json.loads(text) for choice in wanted if (text := self.cache.get(keys[choice])) is not None}
+        kept = {choice: _figures(self.cache.get(keys[choice]), 2) for choice in wanted}
+        known = {choice: (times[0], times[1]) for choice, times in kept.items() if times is not None}
         missing = [choice for choice in wanted if choice not in known]
         with timed_cores(self.target):
             for choice, times in self._time(info, layer, missing).items():
                 known[choice] = times
                 self.cache.put(keys[choice], json.dumps(times).encode())
-        return {choice: (float(known[choice][0]), float(known[choice][1])) for choice in wanted}
+        return {choice: known[choice] for choice in wanted}
 
     def _time(self, info: LayerInfo, layer: nn.Module, choices: Iterable[LayerChoice]) -> LayerTimes:
         if not (choices := list(choices)):
@@ -130,8 +133,8 @@ class PlanTimer:
         shapes = [tuple(leaf.shape) for leaf in leaves]
         place = repr(self.runtime.fingerprint(self.target)), repr(self.target), repr(self.model), repr(shapes)
         key = f"plan-{content_hash(*place, plan.hash())}"
-        if (known := self.cache.get(key)) is not None:
-            return float(json.loads(known))
+        if (known := _figures(self.cache.get(key), 1)) is not None:
+            return known[0]
         limit = self.runtime.weight_limit(self.target)
         model = rebuild(self.model, plan, limit, self.shared).eval()
         arrays = structure_of(self.example).arrange([leaf.detach().cpu().numpy() for leaf in leaves])
@@ -139,7 +142,7 @@ class PlanTimer:
             sessions = (self.runtime.prepare(model, self.example, self.target), self.dense)
             calls = [timed_call(session, arrays, self.target) for session in sessions]
             ratio = compare(*calls, **WITH_CARE).ratio
-        self.cache.put(key, json.dumps(ratio).encode())
+        self.cache.put(key, json.dumps([ratio]).encode())
         return ratio
 
 
@@ -149,6 +152,15 @@ def neighbourhood_example(info: LayerInfo) -> Tensor:
     axis = 1 if isinstance(info.spec, ConvSpec) else -1
     shape[axis] = min(shape[axis], FEW_CHANNELS)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _figures(kept: bytes | None, count: int) -> list[float] | None:
+    """So many positive figures as the cache has them; None where it has none, or something else."""
+    try:
+        figures = None if kept is None else _POSITIVE.validate_json(kept)
+    except ValidationError:
+        return None
+    return figures if figures is not None and len(figures) == count else None
 
 
 def _before(info: LayerInfo) -> nn.Module:

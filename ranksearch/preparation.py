@@ -7,7 +7,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
+<<<<<<< HEAD
 from torch import Tensor, nn
+=======
+from safetensors import SafetensorError
+from torch import nn
+>>>>>>> ab36828 (A cache entry that is damaged, forged or none of ours is made again)
 
 from ranksearch.cache import Cache, cache_directory, content_hash
 from ranksearch.recovery import Step, prepare_dense
@@ -41,8 +46,9 @@ def prepare_source(
     key = content_hash(
         torch.__version__, repr(model), settings, spec.seed, list(names), list(decompositions), *map(tensor_bytes, held)
     )
-    if (kept := cache.get(key)) is not None:
-        return with_weights(model, safetensors.torch.load(kept))
+    kept = cache.get(key)
+    if kept is not None and (known := _filled(model, kept)) is not None:
+        return known
     prepared = prepare_dense(
         model, data.recovery, spec.loss, recovery, names, decompositions, seed=spec.seed, on_step=on_step
     )
@@ -60,3 +66,11 @@ def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     copied = copy.deepcopy(model)
     copied.load_state_dict(weights)
     return copied
+
+
+def _filled(model: nn.Module, kept: bytes) -> nn.Module | None:
+    """A copy of the model with the weights that were kept; None where they are damaged."""
+    try:
+        return with_weights(model, safetensors.torch.load(kept))
+    except (SafetensorError, KeyError, ValueError, RuntimeError):
+        return None

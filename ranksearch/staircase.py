@@ -1,10 +1,12 @@
 """How latency climbs with the rank: kernels compute whole blocks of channels, so ranks between blocks gain nothing."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+from pydantic import TypeAdapter
 
 from ranksearch.cache import Cache, content_hash
 from ranksearch.compression import rebuild
@@ -21,6 +23,7 @@ RANKS = (36, 40, 48, 64)
 MULTIPLES = (4, 8, 16, 32)
 # Ranks whose latencies differ by less stand on one step.
 SAME_STEP = 0.05
+_RATIOS = TypeAdapter(tuple[tuple[float, float, float, float], ...])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +34,8 @@ class Staircase:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """What to_json wrote."""
-        return cls(ratios=tuple(tuple(row) for row in json.loads(text)))
+        """What to_json wrote. Raises ValueError for anything else."""
+        return cls(ratios=_RATIOS.validate_json(text))
 
     def to_json(self) -> str:
         """The ratios as JSON."""
@@ -54,7 +57,8 @@ def measure_staircase(runtime: AbstractRuntime, target: Target, cache: Cache) ->
     """The target's staircase in float, from the cache where it is known."""
     key = f"staircase-{content_hash(runtime.fingerprint(target), repr(target), list(RANKS))}"
     if (known := cache.get(key)) is not None:
-        return Staircase.from_json(known)
+        with contextlib.suppress(ValueError):
+            return Staircase.from_json(known)
     layers = [layer for module, shape in _representatives(target) for layer in _found(module, shape)]
     with timed_cores(target):
         staircase = Staircase(ratios=tuple(_climb(module, info, runtime, target) for module, info in layers))
