@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import IO
 
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
@@ -13,6 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from ranksearch.errors import StudyError
 from ranksearch.masking import cause, masked
+from ranksearch.reading import check_own_file
 
 JOURNAL = "journal.log"
 LOCK = "coordinator.lock"
@@ -32,7 +34,7 @@ def coordinator_lock(home: Path, *, around: bool = False) -> Iterator[None]:
     Raises StudyError, naming the other process, where one holds it already.
     """
     home.mkdir(parents=True, exist_ok=True)
-    with (home / LOCK).open("a+", encoding="utf-8") as file:
+    with _open_lock(home / LOCK) as file:
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino)
         if identity in _HELD.get():
@@ -54,6 +56,14 @@ def coordinator_lock(home: Path, *, around: bool = False) -> Iterator[None]:
             yield
         finally:
             _HELD.reset(token)
+
+
+def _open_lock(path: Path) -> IO[str]:
+    """The file of the lock. Raises StudyError where it is a link, whose target would be written to."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW), "a+", encoding="utf-8")
+    except OSError as error:
+        raise StudyError(f"{path} cannot be locked: {error.strerror}; remove it") from None
 
 
 @contextmanager
@@ -133,8 +143,11 @@ def _open(storage: Storage) -> BaseStorage:
 
 def _open_journal(journal: Path) -> BaseStorage:
     try:
+        check_own_file(journal)
         return JournalStorage(JournalFileBackend(str(journal)))
-    except ValueError as error:
+    except Exception as error:
+        # Optuna replays whatever the lines say: what is wrong with one comes up anywhere.
         raise StudyError(
-            f"the journal {journal} is damaged: {error}; restore it, or start over in another --home"
+            f"the journal {journal} is damaged: {type(error).__name__}: {error}; "
+            "restore it, or start over in another --home"
         ) from error
