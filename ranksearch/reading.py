@@ -30,6 +30,17 @@ def read_own_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     return read_text(path, max_bytes)
 
 
+def check_lines(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> None:
+    """Raises ValueError where a line of the file is longer, before memory is taken for it."""
+    n_bytes = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            end = chunk.rfind(b"\n")
+            n_bytes = n_bytes + len(chunk) if end < 0 else len(chunk) - end - 1
+            if n_bytes > max_bytes:
+                raise ValueError(f"a line is longer than {max_bytes >> 20} MB")
+
+
 def parse_json(text: str) -> Any:
     """The value. Raises ValueError for what is no JSON, is nested too deeply, or has a key twice in one object."""
     try:

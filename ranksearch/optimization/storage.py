@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from ranksearch.errors import StudyError
 from ranksearch.masking import cause, masked
-from ranksearch.reading import check_own_file
+from ranksearch.reading import check_lines, check_own_file
 
 JOURNAL = "journal.log"
 LOCK = "coordinator.lock"
@@ -144,6 +144,8 @@ def _open(storage: Storage) -> BaseStorage:
 def _open_journal(journal: Path) -> BaseStorage:
     try:
         check_own_file(journal)
+        if journal.exists():
+            check_lines(journal)
         return JournalStorage(JournalFileBackend(str(journal)))
     except Exception as error:
         # Optuna replays whatever the lines say: what is wrong with one comes up anywhere.
