@@ -149,7 +149,7 @@ def _checked(path: Path, check: Callable[[Any], object]) -> dict[str, Any]:
     """The record as it is written, once it is known to be sound; {} where there is none."""
     content = read_json(path)
     try:
-        if content:
+        if content or path.exists():
             check(content)
     except ValidationError as error:
         problem = error.errors()[0]
