@@ -3,6 +3,7 @@
 Rows are mappings keyed by the front's columns: `accuracy_drop`, `latency_ratio`, `model_bytes`, `summary`, `origin` ...
 """
 
+import html
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -135,7 +136,7 @@ def pareto_figure(rows: Sequence[Row], title: str = "Pareto front") -> "Figure":
     if (drops := _shown_drops(shown)) is not None:
         figure.update_yaxes(range=drops)
     figure.update_layout(
-        title={"text": _title(title, rows, shown)},
+        title={"text": _title(_plain(title), rows, shown)},
         template="plotly_white",
         coloraxis={"colorscale": "Viridis", "colorbar": {"title": {"text": "MB"}}},
         legend={"orientation": "h", "y": -0.18},
@@ -202,11 +203,12 @@ def layers_figure(layers: Sequence[Row], title: str = "Layers") -> "Figure":
             figure.add_trace(_layer_bars(layers, chosen, name, panel, legend=row == 1), row=row, col=1)
         figure.update_yaxes(title_text=panel.label, row=row, col=1, type="log" if panel.logarithmic else "linear")
     names = [
-        f"{layer['layer']}<br>{layer.get('choice', '')}" if len(layers) <= 24 else layer["layer"] for layer in layers
+        _plain(layer["layer"]) + (f"<br>{_plain(layer.get('choice', ''))}" if len(layers) <= 24 else "")
+        for layer in layers
     ]
     figure.update_xaxes(tickmode="array", tickvals=places, ticktext=names, row=max(len(panels), 1), col=1)
     figure.update_layout(
-        title={"text": title},
+        title={"text": _plain(title)},
         template="plotly_white",
         barmode="overlay",
         height=240 * max(len(panels), 1) + 200,
@@ -226,11 +228,11 @@ def _layer_bars(layers: Sequence[Row], places: Sequence[int], name: str, panel: 
         y=_values(rows, panel.column, panel.scale),
         # Else a lone bar fills the gap to the next of its kind.
         width=0.8,
-        name=name,
-        legendgroup=name,
+        name=_plain(name),
+        legendgroup=_plain(name),
         showlegend=legend,
         marker={"color": DECOMPOSITION_COLOURS.get(name, OWN_COLOUR)},
-        customdata=[[str(row["layer"]), str(row.get("choice", "")), str(row.get("why", ""))] for row in rows],
+        customdata=[[_plain(row.get(column, "")) for column in ("layer", "choice", "why")] for row in rows],
         hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}<br>"
         + panel.label
         + " %{y:.3g}<extra></extra>",
@@ -334,7 +336,7 @@ def _error_bar(rows: Sequence[Row], middle: str, low: str | None, high: str | No
 def _hover(row: Row) -> str:
     """What hovering over a point tells."""
     trial = number(row, "trial")
-    parts = [f"<b>{row.get('summary', '')}</b>", str(row.get("origin", ""))]
+    parts = [f"<b>{_plain(row.get('summary', ''))}</b>", _plain(row.get("origin", ""))]
     if trial is not None:
         parts[1] = f"trial {trial:.0f}, {parts[1]}"
     columns = (("accuracy", "accuracy {:.4f}"), ("latency_ms", "{:.3g} ms"), ("bytes_ratio", "{:.0%} of dense's bytes"))
@@ -343,6 +345,11 @@ def _hover(row: Row) -> str:
         if value is not None:
             parts.append(text.format(value))
     return "<br>".join(parts)
+
+
+def _plain(value: object) -> str:
+    """A text as plotly shows it: it takes some tags for what they are in HTML."""
+    return html.escape(str(value), quote=False)
 
 
 def _draw_panel(axis: "Axes", rows: Sequence[Row], panel: Panel) -> None:

@@ -1,6 +1,7 @@
 """Files that a stranger may have written: read within bounds, as JSON of one meaning, and never from elsewhere."""
 
 import json
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ MAX_TEXT_BYTES = 16 << 20
 # A candidate table holds a dozen choices for each layer.
 MAX_TABLE_BYTES = 64 << 20
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 120
 
@@ -52,6 +54,11 @@ def parse_json(text: str) -> Any:
 def shown(value: object) -> str:
     """A value that was read as an error message shows it, cut where it is long."""
     return _SHOWN.repr(value)
+
+
+def printable(text: str) -> str:
+    """The text without what tells a terminal to do something, new lines and tabs apart."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def is_file_name(name: str) -> bool:

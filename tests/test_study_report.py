@@ -55,7 +55,7 @@ def test_trials_that_did_not_end_on_the_front_are_listed_with_their_reasons(fact
     failed = Unfinished(trial=9, what="failed", plan="1x svd 8/8", reason="layer '<b>': did not converge")
     told = replace(facts, unfinished=[failed])
     assert "layer '&lt;b&gt;': did not converge" in study_page(told)
-    assert "- trial 9 failed: layer '<b>': did not converge" in study_note(told)
+    assert "- trial 9 failed: layer '&lt;b>': did not converge" in study_note(told)
 
 
 def test_a_study_without_a_plan_says_that_dense_stays(facts: StudyFacts) -> None:

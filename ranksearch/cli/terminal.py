@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from ranksearch.cli.tables import Columns, fitting, records_of, table_of
+from ranksearch.reading import printable
 
 if TYPE_CHECKING:
     from ranksearch.home import StudyHome
@@ -133,7 +134,7 @@ class Terminal:
     def _say(self, text: str) -> None:
         """Above the progress bar; without a terminal on standard output, which leaves the other to errors."""
         if not self._quiet:
-            (err if self._interactive else self._lines).print(text)
+            (err if self._interactive else self._lines).print(printable(text))
 
     def _status(self) -> str:
         best = ""
@@ -200,7 +201,7 @@ def print_controls(rows: Sequence[Row]) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """A plain table; on a screen that is too narrow for it every row is a paragraph."""
-    cells = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+    cells = {name: [printable(row[i]) for row in rows] for i, name in enumerate(columns)}
     _print_text(title, style="bold")
     table = table_of(cells, out.width)
     if table is not None:
@@ -213,6 +214,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def _print_fitting(columns: Columns, importance: Sequence[str], title: str) -> Columns:
     """Prints the columns for which the screen has room, and gives them."""
+    columns = {name: [printable(cell) for cell in cells] for name, cells in columns.items()}
     shown = fitting(columns, [name for name in importance if name in columns], out.width)
     _print_text(title, style="bold")
     out.print(table_of(shown, out.width))
@@ -227,12 +229,12 @@ def _print_left_out(names: Sequence[str], where: str) -> None:
 def _print_text(text: str, style: str | None = None) -> None:
     """Text that breaks between words."""
     if text:
-        out.print(text, style=style, soft_wrap=False)
+        out.print(printable(text), style=style, soft_wrap=False)
 
 
 def say(text: str) -> None:
-    """One line on standard output, as it is."""
-    out.print(text)
+    """One line on standard output, as it is but for control characters."""
+    out.print(printable(text))
 
 
 def duration(seconds: float) -> str:

@@ -98,11 +98,11 @@ def _is_empty(block: Block) -> bool:
 def _markdown(block: Block) -> str:
     match block:
         case Heading(text, level):
-            return f"{'#' * level} {text}"
+            return f"{'#' * level} {_without_tags(text)}"
         case Paragraph(text):
-            return text
+            return _without_tags(text)
         case Bullets(items):
-            return "\n".join(f"- {item}" for item in items)
+            return "\n".join(f"- {_without_tags(item)}" for item in items)
         case Table(head, rows):
             return _markdown_table([head, ("---",) * len(head), *rows])
         case Code(text, language):
@@ -112,8 +112,14 @@ def _markdown(block: Block) -> str:
 
 def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
     # A cell is one line, and a bar would end it.
-    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
+    cells = [[" ".join(_without_tags(cell).replace("|", "\\|").split()) for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _without_tags(text: str) -> str:
+    """The text with no HTML in it, which Markdown would let through; code shows all as it is."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(parts))
 
 
 def _html(block: Block) -> str:
