@@ -24,6 +24,7 @@ from ranksearch.cli.options import (
 from ranksearch.errors import NoPlanError, RankSearchError, StudyError
 from ranksearch.home import DEFAULT_HOME
 from ranksearch.masking import masked
+from ranksearch.reading import printable
 
 app = typer.Typer(
     help="Search, for every layer of a trained model, its decomposition, its rank and its bits.",
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def _exit(message: str, code: int) -> None:
-    print(f"error: {masked(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error: {printable(masked(' '.join(message.split())))}", file=sys.stderr)
     sys.exit(code)
 
 
