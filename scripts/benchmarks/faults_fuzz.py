@@ -75,8 +75,10 @@ def answer(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     with scratch() as folder:
         assert _in_a_process(lambda: write_subjects(folder / "whole"), folder) == 0, "the study is run and exported"
         for first in range(0, n_files, BATCH):
-            tally.add(_batch(folder, first, min(BATCH, n_files - first)))
-            _say(f"{first + BATCH} files, {len(tally.crashes)} crashes, {tally.memory_mb:.0f} MB")
+            found = _batch(folder, first, min(BATCH, n_files - first))
+            _say("\n".join([*found.crashes, *found.writes_outside]))
+            tally.add(found)
+            _say(f"{sum(tally.files.values())} files, {len(tally.crashes)} crashes, {tally.memory_mb:.0f} MB")
     holds = not tally.crashes and not tally.writes_outside and tally.memory_mb <= MOST_MEMORY_MB
     scope = f"{sum(tally.files.values()):,} files: {', '.join(f'{n:,} {kind}' for kind, n in tally.files.items())}"
     figures = {
@@ -233,4 +235,5 @@ def _in_a_process(work: Any, folder: Path) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if text:
+        print(text, file=sys.stderr, flush=True)
