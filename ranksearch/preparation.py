@@ -7,12 +7,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-<<<<<<< HEAD
-from torch import Tensor, nn
-=======
 from safetensors import SafetensorError
-from torch import nn
->>>>>>> ab36828 (A cache entry that is damaged, forged or none of ours is made again)
+from torch import Tensor, nn
 
 from ranksearch.cache import Cache, cache_directory, content_hash
 from ranksearch.recovery import Step, prepare_dense

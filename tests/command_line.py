@@ -174,8 +174,8 @@ class Searched:
 MOMENTS = {
     "killed in the profile": ("ranksearch.profiling:ProfileMaker._candidates:2", signal.SIGKILL, "30s"),
     "killed in a trial": ("ranksearch.ladder:Evaluator._fine_tune:2", signal.SIGKILL, "30s"),
-    "killed before MLflow knew": ("ranksearch.tracking.runs:Tracker.trial_finished:3", signal.SIGKILL, "30s"),
-    "killed between trials": ("ranksearch.tracking.runs:Tracker.update_front:2", signal.SIGKILL, "30s"),
+    "killed before MLflow knew": ("ranksearch.tracking.tracker:Tracker.trial_finished:3", signal.SIGKILL, "30s"),
+    "killed between trials": ("ranksearch.tracking.tracker:Tracker.update_front:2", signal.SIGKILL, "30s"),
     "SIGTERM without grace": ("ranksearch.ladder:Evaluator._fine_tune:1", signal.SIGTERM, "0s"),
     "SIGUSR1 with grace": ("ranksearch.ladder:Evaluator._fine_tune:1", signal.SIGUSR1, "60s"),
     "SIGINT with grace": ("ranksearch.ladder:Evaluator._fine_tune:1", signal.SIGINT, "60s"),

@@ -1,7 +1,6 @@
 """Tracking against real SQLite stores, and the Pareto page in a real browser."""
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,10 +10,12 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, chromium, outside
+from mlflow import MlflowClient
+from tracked_study import Row, children, make_plan, make_row, open_tracker, trial_runs, write_trials, written
 
 from ranksearch.errors import StudyError
 from ranksearch.figures import figure_html, pareto_figure
-from ranksearch.plan import LayerChoice, Plan
+from ranksearch.plan import Plan
 from ranksearch.tracking import (
     NoAnswerError,
     Story,
@@ -22,65 +23,12 @@ from ranksearch.tracking import (
     Tracker,
     find_study,
     page_url,
-    parents,
     resolve_tracking_uri,
-    runs,
     serve,
 )
 from ranksearch.tracking.pages import free_port
-from ranksearch.tracking.store import child_runs, connect
-
-Row = dict[str, object]
-
-
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow store; copied, since making one takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture
-def store(migrated_database: Path, tmp_path: Path) -> str:
-    """The tracking URI of a store of the test's own."""
-    shutil.copy(migrated_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-def make_plan(rank: int) -> Plan:
-    return Plan(layers={"conv1": LayerChoice(decomposition="svd", ranks=(rank,), weight_bits=8, activation_bits=8)})
-
-
-def make_row(trial: int, drop: float, ratio: float, n_bytes: int, **more: object) -> Row:
-    row: Row = {
-        "trial": trial, "run_id": None, "summary": f"1x svd 8/8: {1 / ratio:.1f}x faster", "accuracy": 0.9 - drop,
-        "accuracy_drop": drop, "drop_low": drop - 0.004, "drop_high": drop + 0.004, "latency_ms": 10 * ratio,
-        "latency_ratio": ratio, "ratio_low": ratio * 0.98, "ratio_high": ratio * 1.02, "model_bytes": n_bytes,
-        "bytes_ratio": n_bytes / 1e6,
-        "macs": 10 * n_bytes, "feasible": drop < 0.01, "surely_feasible": False, "pareto": True,
-        "rung": "fine_tuned", "origin": "prices", "test_accuracy": None,
-    }  # fmt: skip
-    return row | more
-
-
-def open_tracker(store: str, **more: Any) -> Tracker:
-    return Tracker.open(store, None, "digits", "a **small** study", identity="one", params={"seed": 0}, **more)
-
-
-def write_trials(tracker: Tracker, n_trials: int) -> list[Row]:
-    """Trials 0.. with falling latency and rising drop."""
-    rows = []
-    for trial in range(n_trials):
-        row = make_row(trial, 0.003 * trial, 1.0 - 0.05 * trial, 1_000_000 - 30_000 * trial)
-        row["run_id"] = tracker.trial_started(trial, make_plan(trial + 1), "prices")
-        assert tracker.trial_finished(trial, make_plan(trial + 1), row, extra_metrics={"seconds.total": 1.5})
-        rows.append(row)
-    return rows
-
-
-def children(study: StudyRun) -> list[Any]:
-    return child_runs(connect(study.tracking_uri), study.experiment_id, study.run_id)
+from ranksearch.tracking.store import connect, shown
+from ranksearch.tracking.writer import TRY_EVERY_S
 
 
 def pareto_trials(study: StudyRun) -> set[int]:
@@ -115,10 +63,11 @@ def test_stopped_and_failed_trials_say_why(store: str) -> None:
     tracker = open_tracker(store)
     tracker.trial_started(0, make_plan(1), "prices")
     stopped = make_row(0, 0.0, 0.9, 900_000, accuracy_drop=None, accuracy=float("nan"), pareto=False, rung="latency")
-    pruned_id = tracker.trial_finished(0, make_plan(1), stopped, state="PRUNED", reason="slower than the goal")
-    failed_id = tracker.trial_failed(1, make_plan(2), "layer 'conv1': eigh did not converge", origin="tpe")
-    client = connect(store)
-    pruned, failed = client.get_run(str(pruned_id)), client.get_run(str(failed_id))
+    tracker.trial_finished(0, make_plan(1), stopped, state="PRUNED", reason="slower than the goal")
+    tracker.trial_failed(1, make_plan(2), "layer 'conv1': eigh did not converge", origin="tpe")
+    written(tracker)
+    runs = trial_runs(tracker.study)
+    pruned, failed = runs["0"], runs["1"]
     assert (pruned.info.status, failed.info.status) == ("FINISHED", "FAILED")
     assert pruned.data.tags["ranksearch.state"] == "PRUNED"
     assert pruned.data.tags["ranksearch.reason"] == "slower than the goal"
@@ -131,14 +80,17 @@ def test_pareto_tags_follow_the_front_and_the_curve_is_on_the_parent(store: str)
     tracker = open_tracker(store)
     rows = write_trials(tracker, 3)
     tracker.update_front(rows, 0.01, step=3)
+    written(tracker)
     assert pareto_trials(tracker.study) == {0, 1, 2}
     better = make_row(3, 0.001, 0.5, 500_000)
     tracker.trial_started(3, make_plan(9), "prices")
     tracker.trial_finished(3, make_plan(9), better)
     rows = [rows[0], rows[1] | {"pareto": False}, rows[2] | {"pareto": False}, better]
     tracker.update_front(rows, 0.03, step=4)
+    written(tracker)
     assert pareto_trials(tracker.study) == {0, 3}
     tracker.update_front([better], 0.03, step=4)  # what is in no row is off the front
+    written(tracker)
     assert pareto_trials(tracker.study) == {3}
     history = connect(store).get_metric_history(tracker.study.run_id, "hypervolume")
     assert [(point.step, point.value) for point in history] == [(3, 0.01), (4, 0.03)]
@@ -148,16 +100,17 @@ def test_estimates_of_earlier_trials_are_brought_up_at_the_end(store: str, monke
     tracker = open_tracker(store)
     rows = write_trials(tracker, 3)
     changed: list[Row] = [row | {"estimated_drop": 0.01 + 0.001 * i} for i, row in enumerate(rows)]
-    written: list[str] = []
-    log_batch = type(tracker._client).log_batch
+    batches: list[str] = []
+    log_batch = MlflowClient.log_batch
 
     def counted(client: Any, run_id: str, *args: Any, **more: Any) -> None:
-        written.append(run_id)
+        batches.append(run_id)
         log_batch(client, run_id, *args, **more)
 
-    monkeypatch.setattr(type(tracker._client), "log_batch", counted)
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
     tracker.update_front(changed, 0.1, step=3)
-    assert written == [tracker.study.run_id], "one batch, whatever the number of trials"
+    written(tracker)
+    assert batches == [tracker.study.run_id], "one batch, whatever the number of trials"
     tracker.finish(changed)
     metrics = connect(store).get_run(str(rows[2]["run_id"])).data.metrics
     assert metrics["estimated_drop"] == pytest.approx(0.012)
@@ -173,7 +126,7 @@ def test_resuming_makes_no_duplicates_and_writes_only_what_changed(store: str) -
     for trial, row in enumerate(rows):
         assert second.trial_started(trial, make_plan(trial + 1), "prices") == row["run_id"]
         changed = row | {"feasible": False, "test_accuracy": 0.88}
-        assert second.trial_finished(trial, make_plan(trial + 1), changed) == row["run_id"]
+        second.trial_finished(trial, make_plan(trial + 1), changed)
     second.update_front(rows, 0.01, step=3)
     second.finish(rows)
     runs = children(second.study)
@@ -189,10 +142,14 @@ def test_resuming_makes_no_duplicates_and_writes_only_what_changed(store: str) -
 def test_a_trial_left_running_is_closed_on_resume(store: str) -> None:
     first = open_tracker(store)
     run_id = first.trial_started(0, make_plan(1), "prices")
-    open_tracker(store)
+    second = open_tracker(store)
     abandoned = connect(store).get_run(str(run_id))
     assert abandoned.info.status == "KILLED"
     assert "stopped" in abandoned.data.tags["ranksearch.reason"]
+    second.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6))
+    second.finish([])
+    found = connect(store).get_run(str(run_id))
+    assert (found.info.status, found.data.tags["ranksearch.reason"]) == ("FINISHED", "")
 
 
 def test_another_identity_is_another_study_and_the_old_one_stays(store: str) -> None:
@@ -210,8 +167,8 @@ def test_the_end_of_a_study_leaves_table_pictures_report_and_controls(store: str
     rows = write_trials(tracker, 2)
     control = make_row(-1, 0.002, 0.4, 260_000, origin="control", pareto=False, summary="int8 by NNCF")
     control["trial"] = None
-    control_id = tracker.control_finished("nncf", control)
-    assert tracker.control_finished("nncf", control) == control_id
+    tracker.control_finished("nncf", control)
+    tracker.control_finished("nncf", control)
     rows[1]["pareto"] = False
     files = {"report.html": "<h1>All of it</h1>", "plots/pareto.png": b"\x89PNG"}
     tracker.finish([*rows, control], story=Story(note="# Report\n\nIn short.", files=files))
@@ -224,25 +181,29 @@ def test_the_end_of_a_study_leaves_table_pictures_report_and_controls(store: str
     summaries = [row[table["columns"].index("summary")] for row in table["data"]]
     assert summaries == [rows[0]["summary"], "int8 by NNCF"]
     assert Path(client.download_artifacts(run_id, "plots/pareto.png")).read_bytes().startswith(b"\x89PNG")
-    assert client.get_run(str(control_id)).data.tags["ranksearch.kind"] == "control"
+    assert [run.data.tags["ranksearch.kind"] for run in children(tracker.study)].count("control") == 1
 
 
 def test_a_store_that_stops_answering_does_not_stop_the_study(
     store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = open_tracker(store)
+    now = [0.0]
+    tracker = open_tracker(store, clock=lambda: now[0])
 
     def refuse(*args: object, **more: object) -> None:
         raise ConnectionError("connection refused")
 
     with monkeypatch.context() as broken:
-        broken.setattr(type(tracker._client), "create_run", refuse)
+        broken.setattr(MlflowClient, "create_run", refuse)
         assert tracker.trial_started(0, make_plan(1), "prices") is None
-        assert tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6)) is None
+        tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6))
         tracker.update_front([make_row(0, 0.0, 0.9, 10**6)], 0.1, step=1)
-    assert "connection refused" in caplog.text
+        written(tracker)
+    assert caplog.text.count("connection refused") == 1, "not again for each trial"
+    now[0] += TRY_EVERY_S
     tracker.update_front([make_row(0, 0.0, 0.9, 10**6)], 0.1, step=1)
-    assert [run.data.tags["ranksearch.trial"] for run in children(tracker.study)] == ["0"]
+    written(tracker)
+    assert list(trial_runs(tracker.study)) == ["0"]
 
 
 def test_a_server_that_does_not_answer_is_asked_again_and_then_told_all(
@@ -250,28 +211,33 @@ def test_a_server_that_does_not_answer_is_asked_again_and_then_told_all(
 ) -> None:
     now, n_asked = [0.0], []
 
-    def silent(uri: str) -> None:
+    def silent(client: object, uri: str, *args: object) -> None:
         n_asked.append(uri)
         raise NoAnswerError(f"MLflow at {uri} does not answer: refused")
 
     with monkeypatch.context() as away:
-        away.setattr(parents, "connect", silent)
+        away.setattr("ranksearch.tracking.tracker.reach_study", silent)
         tracker = open_tracker(store, clock=lambda: now[0])
         assert tracker.trial_started(0, make_plan(1), "prices") is None
-        assert tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6)) is None
+        tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6))
+        written(tracker)
         assert len(n_asked) == 1, "not again for each trial"
         assert caplog.text.count("does not answer") == 1
-        now[0] += runs.TRY_EVERY_S
+        with pytest.raises(NoAnswerError, match="has not answered yet"):
+            _ = tracker.study
+        now[0] += TRY_EVERY_S
         tracker.update_front([make_row(0, 0.0, 0.9, 10**6)], 0.1, step=0)
+        written(tracker)
         assert len(n_asked) == 2
-    now[0] += runs.TRY_EVERY_S
-    assert tracker.trial_finished(1, make_plan(2), make_row(1, 0.0, 0.8, 10**6)) is not None
-    assert {run.data.tags["ranksearch.trial"] for run in children(tracker.study)} == {"0", "1"}
+    now[0] += TRY_EVERY_S
+    tracker.trial_finished(1, make_plan(2), make_row(1, 0.0, 0.8, 10**6))
+    written(tracker)
+    assert set(trial_runs(tracker.study)) == {"0", "1"}
 
 
 def test_a_server_that_is_not_there_costs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_tracker(f"http://127.0.0.1:{free_port(0)}")
-    assert tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6)) is None
+    tracker.trial_finished(0, make_plan(1), make_row(0, 0.0, 0.9, 10**6))
     tracker.finish([make_row(0, 0.0, 0.9, 10**6)])
     assert tracker.page is None
     assert "does not answer" in caplog.text
@@ -304,6 +270,7 @@ def test_table_and_story_of_a_running_study_are_written_now_and_then(store: str)
     rows = write_trials(tracker, 2)
     for step in range(7):
         tracker.update_front(rows, 0.1, step=step, story=story)
+        written(tracker)
         now[0] += 11
     assert told == [33.0, 66.0]
     client, run_id = connect(store), tracker.study.run_id
@@ -320,7 +287,9 @@ def test_the_best_feasible_figures_are_curves_of_the_study(store: str) -> None:
         make_row(3, 0.05, 0.1, 100_000),
     ]
     tracker.update_front(rows[:1], 0.0, step=0)
+    written(tracker)
     tracker.update_front(rows, 0.1, step=1)
+    written(tracker)
     metrics = connect(store).get_run(tracker.study.run_id).data.metrics
     best = {name.removeprefix("best_feasible_"): value for name, value in metrics.items() if "best" in name}
     assert best == {"accuracy_drop": 0.002, "latency_ratio": 0.5, "bytes_ratio": 0.3}
@@ -335,12 +304,16 @@ def test_weights_are_kept_with_the_trials_run_once(store: str, tmp_path: Path) -
     bundle.mkdir()
     (bundle / "model.safetensors").write_bytes(b"weights")
     tracker.log_weights(1, make_plan(2), bundle)
+    written(tracker)
     client = connect(store)
     assert [file.path for file in client.list_artifacts(str(rows[1]["run_id"]), "plan")] == ["plan/model.safetensors"]
     (bundle / "more").write_bytes(b"")
-    open_tracker(store).log_weights(1, make_plan(2), bundle)
+    again = open_tracker(store)
+    again.log_weights(1, make_plan(2), bundle)
+    again.finish([])
     assert len(client.list_artifacts(str(rows[1]["run_id"]), "plan")) == 1
     tracker.log_weights(0, make_plan(1), tmp_path / "gone")
+    written(tracker)
     assert client.list_artifacts(str(rows[0]["run_id"]), "plan") == []
 
 
@@ -370,6 +343,11 @@ def test_what_cannot_be_found_or_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, not at all\n" * 100)
     with pytest.raises(StudyError, match="text.db cannot be used"):
         open_tracker(f"sqlite:///{tmp_path}/text.db")
+
+
+def test_passwords_are_not_shown() -> None:
+    assert shown("postgresql://me:secret@db:5432/runs") == "postgresql://me:***@db:5432/runs"
+    assert shown("https://me@tracking:5000/a:b@c") == "https://me@tracking:5000/a:b@c"
 
 
 def test_importing_tracking_loads_neither_mlflow_nor_plots() -> None:

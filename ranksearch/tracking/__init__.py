@@ -1,8 +1,9 @@
 """MLflow: one run per study with a run per trial below it, and the saved Pareto page. Loads no MLflow."""
 
+from ranksearch.tracking.artifacts import Story
 from ranksearch.tracking.pages import Server, page_url, serve
-from ranksearch.tracking.runs import Story, Tracker
 from ranksearch.tracking.store import NoAnswerError, StudyRun, find_study, resolve_tracking_uri
+from ranksearch.tracking.tracker import Tracker
 
 __all__ = [
     "NoAnswerError",

@@ -23,12 +23,15 @@ COLOURS = {"front": "#e3720b", "dense": "#111111", "control": "#1f6fd1", "trial"
 NAME_LENGTH, NOTE_LENGTH, TAG_LENGTH = 250, 7900, 4900
 LOSS_METRIC = "fine_tuning_loss"
 
+# What is written, and its name: ("control", "nncf").
+Key = tuple[str, str]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
     """What is to be written of one trial (a number) or control (a name) once it has ended."""
 
-    key: tuple[str, str]
+    key: Key
     plan: Plan | None
     origin: str
     row: Row
@@ -49,24 +52,29 @@ class ChildRun:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def trial_key(number: int, plan: Plan) -> tuple[str, str]:
+def trial_key(number: int, plan: Plan) -> Key:
     """A trial's name in the store: the plan too, since a number may come again where a study starts over."""
     return ("trial", f"{number} {plan.hash()}")
 
 
-def stored_key(tags: Mapping[str, str]) -> tuple[str, str]:
+def stored_key(tags: Mapping[str, str]) -> Key:
     """The key under which a stored run was written."""
     return (tags.get(PREFIX + "kind", ""), tags.get(PREFIX + "key", ""))
 
 
+def has_ended(run: "Run") -> bool:
+    """Whether all was written of what a run is of."""
+    return run.info.status in ("FINISHED", "FAILED")
+
+
 def stored_child(run: "Run") -> ChildRun:
     """What a stored run holds; one that was left running is written again."""
-    ended = run.info.status in ("FINISHED", "FAILED")
+    ended = has_ended(run)
     tags, metrics = dict(run.data.tags), dict(run.data.metrics)
     return ChildRun(run_id=run.info.run_id, has_plan=ended, ended=ended, tags=tags, metrics=metrics)
 
 
-def first_tags(parent_run_id: str, key: tuple[str, str], plan: Plan | None, origin: str) -> dict[str, str]:
+def first_tags(parent_run_id: str, key: Key, plan: Plan | None, origin: str) -> dict[str, str]:
     """The tags of a run that has just started."""
     what, name = key
     tags = {

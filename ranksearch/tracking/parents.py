@@ -1,6 +1,6 @@
 """The run of a study: found or made, and rid of what a stopped process left below it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,8 @@ from ranksearch.tracking.entries import (
     NOTE_TAG,
     TAG_LENGTH,
     ChildRun,
+    Key,
+    has_ended,
     shorten,
     stored_child,
     stored_key,
@@ -18,7 +20,6 @@ from ranksearch.tracking.store import (
     PREFIX,
     StudyRun,
     child_runs,
-    connect,
     experiment_name,
     explained,
     find_parent,
@@ -36,11 +37,12 @@ class Reached:
 
     client: "MlflowClient"
     study: StudyRun
-    children: dict[tuple[str, str], ChildRun]
+    children: dict[Key, ChildRun]
     last_step: int
 
 
 def reach_study(
+    client: "MlflowClient",
     tracking_uri: str,
     experiment: str | None,
     study_name: str,
@@ -49,7 +51,6 @@ def reach_study(
     params: Mapping[str, object],
 ) -> Reached:
     """The study's run, resumed where the store has it, else made. Raises StudyError where the store cannot be used."""
-    client = connect(tracking_uri)
     with explained(tracking_uri):
         experiment_id = open_experiment(client, tracking_uri, experiment_name(experiment, study_name))
         run_id = find_parent(client, experiment_id, study_name, identity)
@@ -57,13 +58,15 @@ def reach_study(
             run_id = create_parent(client, experiment_id, study_name, description, identity, params)
         client.update_run(run_id, status="RUNNING")
         runs = child_runs(client, experiment_id, run_id)
-        close_abandoned(client, runs)
+        if close_abandoned(client, runs):
+            runs = child_runs(client, experiment_id, run_id)
+        children = stored_children(client, runs)
         history = client.get_metric_history(run_id, "hypervolume")
         save_page(client, experiment_id, run_id)
     return Reached(
         client=client,
         study=StudyRun(tracking_uri=tracking_uri, experiment_id=experiment_id, run_id=run_id),
-        children={stored_key(run.data.tags): stored_child(run) for run in runs},
+        children=children,
         last_step=max((point.step for point in history), default=-1),
     )
 
@@ -92,9 +95,27 @@ def create_parent(
     return run_id
 
 
-def close_abandoned(client: "MlflowClient", runs: "Sequence[Run]") -> None:
-    """Ends the runs of trials that a stopped process left behind; their plans are tried again as new trials."""
-    for run in runs:
-        if run.info.status == "RUNNING":
-            client.set_tag(run.info.run_id, PREFIX + "reason", "the study was stopped before this trial had ended")
-            client.set_terminated(run.info.run_id, status="KILLED")
+def close_abandoned(client: "MlflowClient", runs: "Sequence[Run]") -> bool:
+    """Ends the runs of trials that a stopped process left behind, whose plans are tried again; whether any were."""
+    abandoned = [run.info.run_id for run in runs if run.info.status == "RUNNING"]
+    for run_id in abandoned:
+        client.set_tag(run_id, PREFIX + "reason", "the study was stopped before this trial had ended")
+        client.set_terminated(run_id, status="KILLED")
+    return bool(abandoned)
+
+
+def stored_children(client: "MlflowClient", runs: "Sequence[Run]", known: Collection[str] = ()) -> dict[Key, ChildRun]:
+    """What the store holds below the study's run, a run for each trial and control.
+
+    A call that failed may have made a run all the same, and the next call another: the one that is `known`, else has
+    ended, stays, and the other is deleted.
+    """
+    found: dict[Key, ChildRun] = {}
+    ours = [run for run in runs if PREFIX + "key" in run.data.tags]
+    for run in sorted(ours, key=lambda run: (run.info.run_id in known, has_ended(run)), reverse=True):
+        key = stored_key(run.data.tags)
+        if key in found:
+            client.delete_run(run.info.run_id)
+        else:
+            found[key] = stored_child(run)
+    return found

@@ -84,11 +84,11 @@ def connect(tracking_uri: str) -> "MlflowClient":
 def quiet_mlflow() -> None:
     """Switches off MLflow's telemetry and chatter in this process, unless the environment says otherwise.
 
-    A server that does not answer is given up after two retries: a study must not wait minutes for its log.
+    No call is retried by MLflow, which may make a run twice: whoever writes a study looks first, and tries again.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -102,9 +102,10 @@ def store_failures() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, OSError, NoAnswerError)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says, without passwords; its name where it says nothing."""
-    return masked(next(iter(str(error).splitlines()), type(error).__name__))
+def failure_text(error: Exception) -> str:
+    """The first line of what a store's failure says, without passwords; of anything else its name too."""
+    line = masked(next(iter(str(error).splitlines()), type(error).__name__))
+    return line if isinstance(error, (StudyError, *store_failures())) else f"{type(error).__name__}: {line}"
 
 
 @contextmanager
@@ -113,19 +114,19 @@ def explained(tracking_uri: str) -> Iterator[None]:
     try:
         yield
     except store_failures() as error:
-        place, reason = f"MLflow at {masked(tracking_uri)}", first_line(error)
+        place, reason = f"MLflow at {masked(tracking_uri)}", failure_text(error)
         if is_remote(tracking_uri) and _is_no_answer(error):
             raise NoAnswerError(f"{place} does not answer: {reason}") from cause(error)
         raise StudyError(f"{place} cannot be used: {reason}; give another --tracking-uri") from cause(error)
 
 
 def _is_no_answer(error: BaseException) -> bool:
-    """Whether no server was reached: MLflow's own exception hides that of its connection."""
+    """Whether no server was reached, or one that is out of order: MLflow's own exception hides that of requests."""
     from requests.exceptions import ConnectionError as NoConnection
-    from requests.exceptions import Timeout
+    from requests.exceptions import RetryError, Timeout
 
     hidden = error.__cause__ or error.__context__
-    return isinstance(error, NoConnection | Timeout) or (hidden is not None and _is_no_answer(hidden))
+    return isinstance(error, NoConnection | RetryError | Timeout) or (hidden is not None and _is_no_answer(hidden))
 
 
 def open_experiment(client: "MlflowClient", tracking_uri: str, name: str) -> str:
