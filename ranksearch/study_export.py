@@ -16,6 +16,7 @@ from ranksearch.reports import ExportFacts, export_report, plan_layers
 from ranksearch.results import Row, choose, judged, resolve_goals
 from ranksearch.search_result import SearchResult, read_result
 from ranksearch.spec import Goals
+from ranksearch.tracking import plan_of_run, run_of_plan
 
 
 def export_plan(
@@ -28,18 +29,20 @@ def export_plan(
     run_id: str | None,
     force: bool,
     storage: str | None,
+    tracking_uri: str | None = None,
     add: Callable[[Path], None] = lambda _folder: None,
 ) -> tuple[Row, str]:
     """Writes the chosen trial's export folder; gives its row, and a sentence on why and how sure it is.
 
     Without `trial` or `run_id` the plan with the least `minimize` is chosen that meets `goals`, or the study's own
-    where none is given. One that was trained in full is exported so. `add` may put more files into the folder. Raises
-    StudyError where there is no such plan, or its weights are gone.
+    where none is given. MLflow at `tracking_uri` is asked for a `run_id` that no trial carries. One that was trained
+    in full is exported so. `add` may put more files into the folder. Raises StudyError where there is no such plan,
+    or its weights are gone.
     """
     result = read_result(home, storage)
     if goals.limits():
         result = _with_goals(result, goals)
-    row, note = _chosen(result, minimize, trial, run_id)
+    row, note = _chosen(result, minimize, trial, run_id, tracking_uri)
     plan = result.plans[row["trial"]]
     trained = next((record for record in result.full if record["trial"] == row["trial"]), None)
     bundle = home.plan(plan.hash()) if trained is None else home.fully_trained(plan.hash())
@@ -61,6 +64,17 @@ def export_plan(
         add,
     )
     return row, note + _test_note(result, row)
+
+
+def run_of_export(home: StudyHome, row: Row, folder: Path, tracking_uri: str | None) -> str:
+    """The MLflow run of an exported trial. Raises StudyError where there is none."""
+    record = read_json(home.study)
+    found = row["run_id"] or run_of_plan(
+        tracking_uri, record["name"], record.get("uid"), Plan.read(folder / PLAN).hash()
+    )
+    if found is None:
+        raise StudyError(f"trial {row['trial']} has no run in MLflow; run the study again to write it there")
+    return str(found)
 
 
 def _facts(result: SearchResult, row: Row, plan: Plan, bundle: Path, record: Mapping[str, Any]) -> ExportFacts:
@@ -96,17 +110,30 @@ def _notes(record: Mapping[str, Any], runtime: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _chosen(result: SearchResult, minimize: str, trial: int | None, run_id: str | None) -> tuple[Row, str]:
+def _chosen(
+    result: SearchResult, minimize: str, trial: int | None, run_id: str | None, tracking_uri: str | None
+) -> tuple[Row, str]:
     if trial is None and run_id is None:
         row, sentence = choose(result.rows, minimize=minimize)
         return row, f"Chosen as the least {minimize}; {sentence}."
     wanted = f"trial {trial}" if trial is not None else f"MLflow run {run_id}"
+    number = trial if run_id is None else _trial_of_run(result, run_id, tracking_uri)
     for row in result.rows:
-        if row["trial"] == trial or (run_id is not None and row["run_id"] == run_id):
+        if row["trial"] == number:
             if row["accuracy"] is None:
                 raise StudyError(f"{wanted} was stopped before it was trained; export another")
             return row, f"Chosen by its number; {'it meets' if row['feasible'] else 'it does not meet'} the goals."
     raise StudyError(f"there is no {wanted} with values; `ranksearch front --all` lists them")
+
+
+def _trial_of_run(result: SearchResult, run_id: str, tracking_uri: str | None) -> int | None:
+    """The trial that carries the run's id, else, since MLflow may have got the run late, that of the run's plan."""
+    carrying = next((row["trial"] for row in result.rows if row["run_id"] == run_id), None)
+    if carrying is not None:
+        return int(carrying)
+    record = read_json(result.home.study)
+    wanted = plan_of_run(tracking_uri, record["name"], record.get("uid"), run_id)
+    return next((row["trial"] for row in result.rows if result.plans[row["trial"]].hash() == wanted), None)
 
 
 def _nearest(result: SearchResult, row: Row) -> str:

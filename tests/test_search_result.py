@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from synthetic_study import evaluate_as_predicted, make_profile, search
+from tracked_study import children
 
 from ranksearch.candidates import Profile
 from ranksearch.errors import NoPlanError, StudyError
@@ -17,7 +18,8 @@ from ranksearch.plan import Plan, Provenance
 from ranksearch.reports import plan_layers
 from ranksearch.search_result import SearchResult, read_result
 from ranksearch.spec import OBJECTIVES, Goals
-from ranksearch.study_export import export_plan
+from ranksearch.study_export import export_plan, run_of_export
+from ranksearch.tracking import Tracker
 
 LIMITS = ResolvedLimits(max_drop=0.03)
 DENSE_MS = 10.0
@@ -145,6 +147,34 @@ def test_a_plan_by_its_trial_or_its_run(home: StudyHome, result: SearchResult, t
         export(home, tmp_path / "none", trial=999)
     with pytest.raises(StudyError, match="there is no MLflow run nope"):
         export(home, tmp_path / "none", run_id="nope")
+
+
+def test_a_run_that_no_trial_carries_is_found_by_its_own_tags(
+    home: StudyHome, result: SearchResult, tmp_path: Path, store: str
+) -> None:
+    number = next(row["trial"] for row in result.rows if not row["feasible"])
+    write_json(home.study, read_json(home.study) | {"uid": "one"})
+    row = {"trial": number, "pareto": False}
+    for identity in ("one", "another"):
+        tracker = Tracker.open(store, None, "toy", "late", identity=identity)
+        tracker.trial_finished(number, result.plans[number], row)
+        tracker.control_finished("int8", {"origin": "control: int8"})
+        tracker.finish([row])
+        runs = {run.data.tags["ranksearch.kind"]: run.info.run_id for run in children(tracker.study)}
+        if identity == "one":
+            exported, _ = export(home, tmp_path / "late", run_id=runs["trial"], tracking_uri=store)
+            assert exported["trial"] == number
+            unknown = {**exported, "run_id": None}
+            assert run_of_export(home, unknown, tmp_path / "late", store) == runs["trial"]
+        else:
+            with pytest.raises(StudyError, match="there is no MLflow run"):
+                export(home, tmp_path / "none", run_id=runs["trial"], tracking_uri=store)
+        for not_a_trial in (runs["control"], tracker.study.run_id, "no run at all"):
+            with pytest.raises(StudyError, match="there is no MLflow run"):
+                export(home, tmp_path / "none", run_id=not_a_trial, tracking_uri=store)
+    with pytest.raises(StudyError, match="has no run in MLflow; run the study again"):
+        bundle_of_another = home.plan(result.plans[0].hash())
+        run_of_export(home, {"trial": 0, "run_id": None}, bundle_of_another, store)
 
 
 def test_other_goals_for_this_export_alone(home: StudyHome, result: SearchResult, tmp_path: Path) -> None:

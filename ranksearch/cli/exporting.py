@@ -11,6 +11,7 @@ import typer
 from ranksearch.cli.options import changed_target, study_home
 from ranksearch.cli.terminal import say
 from ranksearch.errors import RankSearchError, StudyError
+from ranksearch.home import StudyHome
 from ranksearch.spec import Goals, Target, load_study
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def export_choice(
         if script is not None and formats:
             _write_portable(script, folder, formats, dynamic)
 
+    place = study_home(script, name, home)
     row, note = export_plan(
-        study_home(script, name, home),
+        place,
         output,
         goals=Goals(**goals),
         minimize=minimize,
@@ -61,24 +63,25 @@ def export_choice(
         run_id=run_id,
         force=force,
         storage=storage,
+        tracking_uri=tracking_uri,
         add=add,
     )
     say(f"exported trial {row['trial']} to {output}: {row['summary']}")
     say(note)
     if script is not None and register is not None:
-        _register(script, output, register, row, tracking_uri)
+        _register(script, place, output, register, row, tracking_uri)
 
 
-def _register(script: Path, folder: Path, name: str, row: Row, tracking_uri: str | None) -> None:
+def _register(script: Path, place: StudyHome, folder: Path, name: str, row: Row, tracking_uri: str | None) -> None:
     """Registers an export's model in MLflow, below the run of its trial."""
     from ranksearch.export import load, read_example
     from ranksearch.runtimes.pytorch.pt2 import exportable
+    from ranksearch.study_export import run_of_export
     from ranksearch.tracking.registry import register_model
 
-    if row["run_id"] is None:
-        raise StudyError(f"trial {row['trial']} has no run in MLflow; run the study again to write it there")
+    run_id = run_of_export(place, row, folder, tracking_uri)
     model, (inputs, _) = load(folder, load_study(script).model()), read_example(folder)
-    say(f"registered {register_model(exportable(model), inputs, name, row['run_id'], tracking_uri)}")
+    say(f"registered {register_model(exportable(model), inputs, name, run_id, tracking_uri)}")
 
 
 def _write_portable(script: Path, folder: Path, formats: Sequence[str], dynamic: bool) -> None:

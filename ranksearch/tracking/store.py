@@ -108,6 +108,15 @@ def failure_text(error: Exception) -> str:
     return line if isinstance(error, (StudyError, *store_failures())) else f"{type(error).__name__}: {line}"
 
 
+def is_missing(error: Exception) -> bool:
+    """Whether a store has answered that what was asked for is not there."""
+    from mlflow.exceptions import MlflowException
+
+    # What cannot be an id is not there either.
+    codes = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    return isinstance(error, MlflowException) and error.error_code in codes
+
+
 @contextmanager
 def explained(tracking_uri: str) -> Iterator[None]:
     """Turns a failure of the store into a StudyError that names it, a NoAnswerError where a server does not answer."""
