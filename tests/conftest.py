@@ -12,7 +12,7 @@ from torch import nn
 from ranksearch.factorisations import Factorisations
 from ranksearch.workbench import Workbench, open_workbench
 
-pytest_plugins = ["tracked_study"]
+pytest_plugins = ["postgres", "tracked_study"]
 
 # Layers this small: a second thread waits longer than it works, above all beside other processes.
 torch.set_num_threads(1)

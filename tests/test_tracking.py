@@ -18,6 +18,7 @@ from ranksearch.figures import figure_html, pareto_figure
 from ranksearch.plan import Plan
 from ranksearch.tracking import (
     NoAnswerError,
+    Server,
     Story,
     StudyRun,
     Tracker,
@@ -244,19 +245,17 @@ def test_a_server_that_is_not_there_costs_a_warning(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.slow
-def test_a_server_holds_what_a_file_holds(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with serve(store, 5000) as server:
-        tracker = open_tracker(server.url)
-        rows = write_trials(tracker, 2)
-        tracker.finish(rows, story=Story(note="# In short", files={"plots/pareto.png": b"PNG", "report.html": "<p>"}))
-        client, study = connect(server.url), tracker.study
-        run = client.get_run(study.run_id)
-        assert (run.info.status, run.data.tags["mlflow.note.content"]) == ("FINISHED", "# In short")
-        assert {file.path for file in client.list_artifacts(study.run_id)} == {"front.json", "plots", "report.html"}
-        assert Plan.read(client.download_artifacts(str(rows[1]["run_id"]), "plan.json")) == make_plan(2)
-        assert tracker.page == page_url(server.url, study.experiment_id, study.run_id)
-        assert len(children(study)) == 2
+def test_a_server_holds_what_a_file_holds(server: Server) -> None:
+    tracker = open_tracker(server.url)
+    rows = write_trials(tracker, 2)
+    tracker.finish(rows, story=Story(note="# In short", files={"plots/pareto.png": b"PNG", "report.html": "<p>"}))
+    client, study = connect(server.url), tracker.study
+    run = client.get_run(study.run_id)
+    assert (run.info.status, run.data.tags["mlflow.note.content"]) == ("FINISHED", "# In short")
+    assert {file.path for file in client.list_artifacts(study.run_id)} == {"front.json", "plots", "report.html"}
+    assert Plan.read(client.download_artifacts(str(rows[1]["run_id"]), "plan.json")) == make_plan(2)
+    assert tracker.page == page_url(server.url, study.experiment_id, study.run_id)
+    assert len(children(study)) == 2
 
 
 def test_table_and_story_of_a_running_study_are_written_now_and_then(store: str) -> None:

@@ -2,13 +2,14 @@
 
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ranksearch.plan import LayerChoice, Plan
-from ranksearch.tracking import StudyRun, Tracker
+from ranksearch.tracking import Server, StudyRun, Tracker, serve
 from ranksearch.tracking.store import child_runs, connect
 
 Row = dict[str, object]
@@ -29,6 +30,19 @@ def store(migrated_database: Path, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
+@pytest.fixture(scope="session")
+def server(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real MLflow server, shared by all tests: each needs a study of its own name."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as started:
+        # Where it keeps artifacts.
+        started.chdir(folder)
+        running = serve(f"sqlite:///{folder / 'mlflow.db'}", 5000)
+    with running:
+        yield running
+
+
 def make_plan(rank: int) -> Plan:
     return Plan(layers={"conv1": LayerChoice(decomposition="svd", ranks=(rank,), weight_bits=8, activation_bits=8)})
 
@@ -45,8 +59,8 @@ def make_row(trial: int, drop: float, ratio: float, n_bytes: int, **more: object
     return row | more
 
 
-def open_tracker(store: str, **more: Any) -> Tracker:
-    return Tracker.open(store, None, "digits", "a **small** study", identity="one", params={"seed": 0}, **more)
+def open_tracker(store: str, name: str = "digits", **more: Any) -> Tracker:
+    return Tracker.open(store, None, name, "a **small** study", identity="one", params={"seed": 0}, **more)
 
 
 def write_trials(tracker: Tracker, n_trials: int) -> list[Row]:
