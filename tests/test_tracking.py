@@ -244,6 +244,18 @@ def test_a_server_that_is_not_there_costs_a_warning(caplog: pytest.LogCaptureFix
     assert "does not answer" in caplog.text
 
 
+def test_a_full_training_has_a_run_of_its_own_and_leaves_its_trials(store: str) -> None:
+    tracker = open_tracker(store)
+    trial = write_trials(tracker, 1)[0]
+    row = {**trial, "rung": "full", "accuracy_drop": -0.001, "run_id": None, "origin": "full training of trial 0"}
+    run_id = tracker.plan_trained(make_plan(1), row, (0.5, 0.4))
+    tracker.finish([trial, row])
+    client = connect(store)
+    full, of_trial = client.get_run(str(run_id)), client.get_run(str(trial["run_id"]))
+    assert (full.data.tags["ranksearch.kind"], full.data.metrics["accuracy_drop"]) == ("full", -0.001)
+    assert (of_trial.data.tags["ranksearch.rung"], of_trial.data.metrics["accuracy_drop"]) == ("fine_tuned", 0.0)
+
+
 @pytest.mark.slow
 def test_a_server_holds_what_a_file_holds(server: Server) -> None:
     tracker = open_tracker(server.url)
@@ -347,6 +359,21 @@ def test_what_cannot_be_found_or_used_says_so(tmp_path: Path) -> None:
 def test_passwords_are_not_shown() -> None:
     assert shown("postgresql://me:secret@db:5432/runs") == "postgresql://me:***@db:5432/runs"
     assert shown("https://me@tracking:5000/a:b@c") == "https://me@tracking:5000/a:b@c"
+
+
+def test_a_database_that_is_not_there_is_told_at_once_and_without_its_password() -> None:
+    with pytest.raises(StudyError, match=r"needs no_such_driver|Can't load plugin"):
+        open_tracker("postgresql+no_such_driver://me:secret@127.0.0.1/runs")
+    pytest.importorskip("psycopg2")
+    with pytest.raises(StudyError, match=r"me:\*\*\*@127.0.0.1:1/runs cannot be used: .*refused") as told:
+        open_tracker("postgresql+psycopg2://me:secret@127.0.0.1:1/runs")
+    assert "secret" not in str(told.value)
+
+
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(StudyError, match=r"needs psycopg2, .* pip install 'ranksearch\[postgresql\]'"):
+        open_tracker("postgresql+psycopg2://me:secret@127.0.0.1:1/runs")
 
 
 def test_importing_tracking_loads_neither_mlflow_nor_plots() -> None:

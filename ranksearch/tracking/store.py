@@ -78,7 +78,24 @@ def connect(tracking_uri: str) -> "MlflowClient":
         with explained(tracking_uri):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            elif not is_remote(tracking_uri):
+                _check_database(tracking_uri)
             return MlflowClient(tracking_uri=tracking_uri)
+
+
+def _check_database(uri: str) -> None:
+    """Connects once: MLflow tries for more than a minute and a half before it says that it cannot."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(uri)
+    except ModuleNotFoundError as error:
+        raise StudyError(
+            f"MLflow at {shown(uri)} needs {error.name}, which is not installed; install it, or name a driver that is: "
+            "pip install 'ranksearch[postgresql]' brings that of postgresql+psycopg2://"
+        ) from error
+    engine.connect().close()
+    engine.dispose()
 
 
 def quiet_mlflow() -> None:
