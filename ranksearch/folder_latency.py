@@ -10,14 +10,14 @@ import torch
 
 from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import PlanError, StudyError
-from ranksearch.export import read_example
+from ranksearch.export import MAX_EXAMPLE_BYTES, read_example
 from ranksearch.export_record import ExportRecord, can_run_code, changed_files, read_record, relative_to, told
 from ranksearch.latency import Call, Latency, TimesAlone, compare, time_alone, timed_call
 from ranksearch.portable import FORMATS, TOLERANCE
 from ranksearch.runtimes import differing_keys, get_runtime
 from ranksearch.runtimes.base import host_fingerprint
 from ranksearch.spec import Target
-from ranksearch.trees import count_rows, pick_rows
+from ranksearch.trees import count_rows, pick_rows, tensors
 from ranksearch.workbench import to_arrays
 
 
@@ -140,6 +140,9 @@ def _with_rows(inputs: Any, n_rows: int) -> Any:
     n_there = count_rows(inputs)
     if n_there == 0:
         raise PlanError("the example has no rows to fill another batch with; leave batch_size as it is")
+    n_bytes = n_rows * sum(tensor.nbytes for tensor in tensors(inputs)) // n_there
+    if n_bytes > MAX_EXAMPLE_BYTES:
+        raise StudyError(f"a batch of {n_rows:,} examples has {n_bytes:,} bytes; give --target batch_size=N with less")
     return pick_rows(inputs, torch.arange(n_rows) % n_there)
 
 

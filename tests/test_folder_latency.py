@@ -107,6 +107,12 @@ def test_what_is_not_there_is_told_with_what_writes_it(bare: Path, bench: Workbe
         time_folder(bare, replace(target, threads=4096))
 
 
+def test_a_batch_that_would_take_all_memory_is_refused(bench: Workbench, small: Path) -> None:
+    target = replace(bench.spec.target, batch_size=10**12, threads=1)
+    with pytest.raises(StudyError, match=r"a batch of 1,000,000,000,000 examples has .* bytes; give"):
+        time_folder(small, target)
+
+
 def test_another_machine_and_a_wrong_output_are_told(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ranksearch.folder_latency as room
 
