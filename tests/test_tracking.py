@@ -28,7 +28,7 @@ from ranksearch.tracking import (
     serve,
 )
 from ranksearch.tracking.pages import free_port
-from ranksearch.tracking.store import connect, shown
+from ranksearch.tracking.store import connect
 from ranksearch.tracking.writer import TRY_EVERY_S
 
 
@@ -354,11 +354,6 @@ def test_what_cannot_be_found_or_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, not at all\n" * 100)
     with pytest.raises(StudyError, match="text.db cannot be used"):
         open_tracker(f"sqlite:///{tmp_path}/text.db")
-
-
-def test_passwords_are_not_shown() -> None:
-    assert shown("postgresql://me:secret@db:5432/runs") == "postgresql://me:***@db:5432/runs"
-    assert shown("https://me@tracking:5000/a:b@c") == "https://me@tracking:5000/a:b@c"
 
 
 def test_a_database_that_is_not_there_is_told_at_once_and_without_its_password() -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Self, final
 
 from ranksearch.figures import Row
+from ranksearch.masking import masked
 from ranksearch.plan import Plan
 from ranksearch.tracking.artifacts import Story
 from ranksearch.tracking.entries import Entry, Key, trial_key
 from ranksearch.tracking.pages import page_url
 from ranksearch.tracking.parents import Reached, reach_study
-from ranksearch.tracking.store import NoAnswerError, StudyRun, connect, is_remote, resolve_tracking_uri, shown
+from ranksearch.tracking.store import NoAnswerError, StudyRun, connect, is_remote, resolve_tracking_uri
 from ranksearch.tracking.worker import Worker
 from ranksearch.tracking.writer import TRY_EVERY_S, Writer
 
@@ -71,7 +72,7 @@ class Tracker:
     def study(self) -> StudyRun:
         """Where the study's run is. Raises NoAnswerError where the store was not reached."""
         if self._writer.store is None:
-            raise NoAnswerError(f"MLflow at {shown(self._tracking_uri)} has not answered yet")
+            raise NoAnswerError(f"MLflow at {masked(self._tracking_uri)} has not answered yet")
         return self._writer.store.study
 
     @property
