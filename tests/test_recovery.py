@@ -3,7 +3,9 @@
 import copy
 import functools
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -377,6 +379,18 @@ def test_batchnorm_is_estimated_anew_where_that_is_better():
     again = wrong_norms()
     reestimate_batchnorm(again, train_batches(), dense, test_batches(), F.cross_entropy)
     assert torch.equal(again[1].running_mean, model[1].running_mean), "the order is that of the seed"
+
+
+def test_batchnorm_is_the_same_again_whatever_the_data_draw_from():
+    class Dimmed:
+        def __iter__(self):
+            for inputs, targets in train_batches():
+                yield inputs * float(np.random.uniform(0.99, 1)) * random.uniform(0.99, 1), targets  # noqa: NPY002
+
+    models = wrong_norms(), wrong_norms()
+    for model in models:
+        assert reestimate_batchnorm(model, Dimmed(), trained(), test_batches(), F.cross_entropy)
+    assert torch.equal(models[0][1].running_mean, models[1][1].running_mean)
 
 
 def test_batchnorm_stays_where_new_statistics_are_worse():

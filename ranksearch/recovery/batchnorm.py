@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ranksearch.layers import call_model, evaluating
+from ranksearch.recovery.training_state import seeded
 from ranksearch.scoring import output_distance
 from ranksearch.spec import Batches
 from ranksearch.trees import count_rows, first_examples
@@ -26,7 +27,7 @@ def reestimate_batchnorm(
     """Re-estimates BatchNorm's means and variances in place on the first `n_examples`; True where that was kept.
 
     The old ones come back unless the new bring the outputs nearer to the dense ones on the first `n_held_out`
-    examples of `held_out`. `batches` may shuffle and augment, by torch's global random numbers, which `seed` sets.
+    examples of `held_out`. `batches` may shuffle and augment, by global random numbers, which `seed` sets.
     """
     norms = batchnorms(model)
     if not norms:
@@ -35,8 +36,7 @@ def reestimate_batchnorm(
     wanted = _outputs(dense, inputs)
     before = _distance(_outputs(model, inputs), wanted, loss)
     old = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, torch.device("cpu")):
         _estimate(model, norms, batches, n_examples)
     if _distance(_outputs(model, inputs), wanted, loss) < before:
         return True
