@@ -133,7 +133,7 @@ def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path
     Written aside and renamed, so that a folder of this name is whole.
     """
     target, runtime = bench.spec.target, bench.runtime
-    plan = plan.model_copy(update={"target": asdict(target)})
+    plan = plan.model_copy(update={"target": asdict(target), "provenance": Provenance(seed=bench.spec.seed)})
     with written_aside(directory) as folder:
         save(model, plan, folder)
         artefact = runtime.serialise(model, bench.example, target, folder)
@@ -145,6 +145,8 @@ def write_bundle(bench: Workbench, plan: Plan, model: nn.Module, directory: Path
             {
                 "target": asdict(target),
                 "options": runtime.options(target),
+                # On them the weights depend, to the bit.
+                "torch_threads": torch.get_num_threads(),
                 "fingerprint": runtime.fingerprint(target),
                 "artefact": artefact.name,
                 "kernels": count_kernels(session.kernels()),
@@ -174,10 +176,9 @@ def export_bundle(
     _check_destination(destination, force)
     _check_own(bundle)
     plan = Plan.read(bundle / PLAN)
-    written = plan.provenance or Provenance()
-    plan = plan.model_copy(
-        update={"provenance": provenance.model_copy(update={"versions": written.versions, "sha256": written.sha256})}
-    )
+    # What the weights were made with, and not what the study began with.
+    written = (plan.provenance or Provenance()).model_dump(include={"versions", "sha256", "seed"}, exclude_none=True)
+    plan = plan.model_copy(update={"provenance": provenance.model_copy(update=written)})
     with written_aside(destination) as folder:
         for path in filter(Path.is_file, bundle.iterdir()):
             shutil.copy2(path, folder / path.name)

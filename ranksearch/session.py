@@ -14,6 +14,7 @@ from ranksearch.candidates import Profile
 from ranksearch.controls import control_plans
 from ranksearch.device import device_lock
 from ranksearch.errors import StudyError
+from ranksearch.export import file_sha256
 from ranksearch.factorisations import Factorisations
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.home_records import read_profile, study_record
@@ -76,11 +77,12 @@ def prepare(bench: Workbench, home: StudyHome, stage: Callable[[str], None]) -> 
 
 
 def remember_script(home: StudyHome, script: str | Path | None) -> None:
-    """Records the study script's path, for commands that name it later."""
+    """Records the study script's path, for commands that name it later, and what it holds now."""
+    path = None if script is None else Path(script).resolve()
+    known = {"script": path and str(path), "script_sha256": path and file_sha256(path)}
     record = read_json(home.study)
-    path = None if script is None else str(Path(script).resolve())
-    if record.get("script", "") != path:
-        write_json(home.study, {**record, "script": path})
+    if record | known != record:
+        write_json(home.study, record | known)
 
 
 def start_over(home: StudyHome) -> None:

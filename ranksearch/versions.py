@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 from contextlib import suppress
 
-PACKAGES = ("ranksearch", "torch", "openvino", "onnxruntime", "nncf", "optuna", "mlflow", "numpy")
+PACKAGES = ("ranksearch", "torch", "openvino", "onnxruntime", "nncf", "optuna", "mlflow", "numpy", "tensorly")
 
 
 def package_versions() -> dict[str, str]:
