@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.candidates import Candidate, LayerProfile, Profile
-from ranksearch.evaluation import Evaluation
+from ranksearch.evaluation import FRONT_COLUMNS, Evaluation
 from ranksearch.executors import InlineExecutor
+from ranksearch.export import PLAN, RUNTIME
+from ranksearch.home import StudyHome, write_json
 from ranksearch.optimization import ResolvedLimits, TrialRecord, open_study, optimise
 from ranksearch.optimization.weight_errors import WeightErrors
-from ranksearch.plan import DENSE, LayerChoice, Plan
+from ranksearch.plan import DENSE, LayerChoice, Plan, Provenance
 from ranksearch.spec import OBJECTIVES
 
 IDENTITY = {"model": "m1", "data": "d1", "candidates": "c1"}
 NO_LIMITS = ResolvedLimits()
+LIMITS = ResolvedLimits(max_drop=0.03)
+DENSE_MS = 10.0
 INT8 = LayerChoice(weight_bits=8, activation_bits=8)
 
 
@@ -112,6 +116,45 @@ def opened(storage: Any = None, **changes: Any) -> Any:
     """`open_study` with everything at its plainest."""
     arguments: dict[str, Any] = {"objectives": OBJECTIVES, "identity": IDENTITY, "limits": NO_LIMITS}
     return open_study(storage, "toy", **(arguments | changes))
+
+
+def bundle(home: StudyHome, plan: Plan) -> None:
+    """The folder of a finished plan, as far as an export reads it."""
+    folder = home.plan(plan.hash())
+    folder.mkdir(parents=True)
+    written = plan.model_copy(update={"provenance": Provenance(versions={"torch": "2"}, sha256="ab" * 32)})
+    (folder / PLAN).write_text(written.to_json())
+    (folder / "model.safetensors").write_bytes(b"weights")
+    write_json(folder / RUNTIME, {"sha256": {}, "target": {"runtime": "openvino"}})
+
+
+def finished_study(directory: Path) -> StudyHome:
+    """The home of a study of twelve trials, two controls among them, each with its folder."""
+    profile, place = make_profile(4), StudyHome(directory)
+    place.directory.mkdir()
+    place.candidates.write_text(profile.to_json())
+    write_json(
+        place.study,
+        {
+            "name": "toy",
+            "seed": 3,
+            "objectives": list(OBJECTIVES),
+            "dense_accuracy": 0.9,
+            "dense_latency_ms": DENSE_MS,
+            "dense_bytes": profile.dense_bytes,
+            "noise_floor": 0.01,
+            "skipped": {"embedding": "Embedding is not supported"},
+            "target": {"runtime": "openvino"},
+            "fingerprint": {"cores": "2"},
+            "script": "/studies/toy.py",
+        },
+    )
+    write_json(place.controls, {"controls": [dict.fromkeys(FRONT_COLUMNS) | {"origin": "control: int8"}]})
+    with open_study(place.directory, "toy", objectives=OBJECTIVES, identity={}, limits=LIMITS) as study:
+        told = search(study, profile, evaluate_as_predicted(profile), limits=LIMITS, n_trials=10)
+    for record in told.finished:
+        bundle(place, record.plan)
+    return place
 
 
 def _main(home: str, sampler_name: str, kill_at_write: int, kill_at_trial: int) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_study import evaluate_as_predicted, make_profile, search
+from synthetic_study import DENSE_MS, LIMITS, finished_study
 from tracked_study import children
 
 from ranksearch.candidates import Profile
@@ -13,56 +13,18 @@ from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import PLAN, RUNTIME
 from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.home_records import read_profile
-from ranksearch.optimization import ResolvedLimits, open_study
 from ranksearch.plan import Plan, Provenance
 from ranksearch.reports import plan_layers
 from ranksearch.search_result import SearchResult, read_result
-from ranksearch.spec import OBJECTIVES, Goals
+from ranksearch.spec import Goals
 from ranksearch.study_export import export_plan, run_of_export
 from ranksearch.tracking import Tracker
-
-LIMITS = ResolvedLimits(max_drop=0.03)
-DENSE_MS = 10.0
-
-
-def bundle(home: StudyHome, plan: Plan) -> None:
-    """The folder of a finished plan, as far as an export reads it."""
-    folder = home.plan(plan.hash())
-    folder.mkdir(parents=True)
-    written = plan.model_copy(update={"provenance": Provenance(versions={"torch": "2"}, sha256="ab" * 32)})
-    (folder / PLAN).write_text(written.to_json())
-    (folder / "model.safetensors").write_bytes(b"weights")
-    write_json(folder / RUNTIME, {"sha256": {}, "target": {"runtime": "openvino"}})
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> StudyHome:
     """A study of twelve trials, two controls among them, each with its folder."""
-    profile, place = make_profile(4), StudyHome(tmp_path / "toy")
-    place.directory.mkdir()
-    place.candidates.write_text(profile.to_json())
-    write_json(
-        place.study,
-        {
-            "name": "toy",
-            "seed": 3,
-            "objectives": list(OBJECTIVES),
-            "dense_accuracy": 0.9,
-            "dense_latency_ms": DENSE_MS,
-            "dense_bytes": profile.dense_bytes,
-            "noise_floor": 0.01,
-            "skipped": {"embedding": "Embedding is not supported"},
-            "target": {"runtime": "openvino"},
-            "fingerprint": {"cores": "2"},
-            "script": "/studies/toy.py",
-        },
-    )
-    write_json(place.controls, {"controls": [dict.fromkeys(FRONT_COLUMNS) | {"origin": "control: int8"}]})
-    with open_study(place.directory, "toy", objectives=OBJECTIVES, identity={}, limits=LIMITS) as study:
-        told = search(study, profile, evaluate_as_predicted(profile), limits=LIMITS, n_trials=10)
-    for record in told.finished:
-        bundle(place, record.plan)
-    return place
+    return finished_study(tmp_path / "toy")
 
 
 @pytest.fixture

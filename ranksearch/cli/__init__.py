@@ -183,12 +183,21 @@ def finish_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    script: Script, plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan of your own.")]
+    script: Script,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan of your own.")],
+    expect: Annotated[
+        Path | None,
+        typer.Option("--expect", metavar="TRIAL.json", help="A bundle's; exit 1 where the weights are others."),
+    ] = None,
 ) -> None:
-    """A plan of your own, up the same ladder as a trial."""
+    """A plan of your own, up the same ladder as a trial; or a bundled trial again."""
+    from ranksearch.cli.bundling import run_trial_again
     from ranksearch.cli.searching import evaluate_plan
 
-    evaluate_plan(script, plan)
+    if expect is None:
+        evaluate_plan(script, plan)
+    else:
+        run_trial_again(script, plan, expect)
 
 
 @app.command("remeasure")

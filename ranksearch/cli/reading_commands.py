@@ -116,6 +116,22 @@ def export_command(
     )
 
 
+def bundle_command(
+    script: OptionalScript = None,
+    trial: Annotated[int, typer.Option("--trial", help="The trial's number.")] = ...,  # type: ignore[assignment]
+    study: StudyName = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.zip", help="Default: NAME-trial-N.zip.")
+    ] = None,
+    home: Home = DEFAULT_HOME,
+    storage: Storage = None,
+) -> None:
+    """Pack a trial to be run again elsewhere: script, plan, seed, versions, target, and what it measured."""
+    from ranksearch.cli.bundling import write_bundle
+
+    write_bundle(script, study, trial, output, home=home, storage=storage)
+
+
 def verify_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An export folder.")],
     study: Annotated[
@@ -183,6 +199,7 @@ READING_COMMANDS: Mapping[str, Callable[..., None]] = {
     "studies": studies_command,
     "show": show_command,
     "export": export_command,
+    "bundle": bundle_command,
     "verify": verify_command,
     "bench": bench_command,
     "ui": ui_command,
