@@ -12,8 +12,8 @@ from torch import nn
 from ranksearch.compression import check_plan
 from ranksearch.device import other_cores
 from ranksearch.errors import PlanError
-from ranksearch.evaluation import Evaluator
 from ranksearch.export import save
+from ranksearch.ladder import Evaluator, Terms
 from ranksearch.plan import Plan
 from ranksearch.results import Row, evaluation_row, resolve_goals
 from ranksearch.runtimes import differing_keys
@@ -60,9 +60,8 @@ def _run(bench: Workbench, plan: Plan, then: TrialFacts) -> Rerun:
         bench=bench,
         factorisations=bench.factorisations(),
         dense_latency_ms=latency_ms,
-        never_stopped=frozenset([plan.hash()]),
         keep=keep,
-    ).evaluate(plan)
+    ).evaluate(plan, Terms(may_stop=False))
     return Rerun(row=evaluation_row(evaluation, limits), sha256=digests[0], differences=tuple(_differing(bench, then)))
 
 

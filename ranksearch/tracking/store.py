@@ -91,8 +91,8 @@ def _check_database(uri: str) -> None:
         engine = sqlalchemy.create_engine(uri)
     except ModuleNotFoundError as error:
         raise StudyError(
-            f"MLflow at {masked(uri)} needs {error.name}, which is not installed; install it, or name a driver that is: "
-            "pip install 'ranksearch[postgresql]' brings that of postgresql+psycopg2://"
+            f"MLflow at {masked(uri)} needs {error.name}, which is not installed; install it, or name a driver that "
+            "is: pip install 'ranksearch[postgresql]' brings that of postgresql+psycopg2://"
         ) from error
     engine.connect().close()
     engine.dispose()
