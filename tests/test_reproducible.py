@@ -17,7 +17,7 @@ from command_line import Commands, Ended, Searched, write_study
 from synthetic_study import make_profile, opened, search
 from tiny_study import make_spec, plans, split, trained
 
-from ranksearch.evaluation import Evaluator
+from ranksearch.ladder import Evaluator
 from ranksearch.optimization import SAMPLERS, read_records
 from ranksearch.rerun import weights_sha256
 from ranksearch.spec import Target
