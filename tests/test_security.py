@@ -40,7 +40,7 @@ from ranksearch.reading import printable
 from ranksearch.reports.document import Bullets, Code, Heading, Paragraph, Table, to_html, to_markdown
 from ranksearch.staircase import Staircase
 from ranksearch.tracking import find_study, page_url, pages
-from ranksearch.tracking.store import explained, first_line
+from ranksearch.tracking.store import explained, failure_text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "benchmarks"))
 import faults_fuzz
@@ -91,7 +91,7 @@ def test_no_traceback_and_no_log_tells_what_mlflow_says_of_an_address() -> None:
     with pytest.raises(StudyError) as caught, explained(SERVER):
         raise failure
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
-    assert first_line(failure) == "API request to https://***@127.0.0.1:9/api/2.0/mlflow failed"
+    assert failure_text(failure) == "API request to https://***@127.0.0.1:9/api/2.0/mlflow failed"
 
 
 def test_the_page_of_a_server_is_opened_without_who_logs_in() -> None:
