@@ -134,6 +134,10 @@ class Listener:
         )
         self.told.trial_ended(record, row)
 
+    def trial_seen(self, record: TrialRecord) -> None:
+        """Another's trial, which that one writes to MLflow."""
+        self._remember(record)
+
     def trial_failed(self, record: TrialRecord) -> None:
         self._remember(record)
         self._track_failure(record)

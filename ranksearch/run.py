@@ -30,13 +30,23 @@ from ranksearch.optimization import (
     open_study,
     optimise,
     out_of_reach,
+    publish,
     read_records,
 )
 from ranksearch.plan import Plan
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process, remeasure_plans, unmeasured
 from ranksearch.results import Row, evaluation_row, resolve_goals
 from ranksearch.search_result import SearchResult
-from ranksearch.session import Session, dense_latency, make_profile, prepare, remember_script, start_over
+from ranksearch.session import (
+    Session,
+    adopt,
+    beginning,
+    dense_latency,
+    make_profile,
+    prepare,
+    remember_script,
+    start_over,
+)
 from ranksearch.spec import Data, StudySpec
 from ranksearch.tracking import resolve_tracking_uri
 from ranksearch.workbench import Workbench, open_workbench
@@ -184,6 +194,8 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
             raise KeyboardInterrupt
         told.stage(text)
 
+    if request.storage is not None and not new:
+        adopt(place, request.storage, spec.name)
     session = prepare(bench, place, stage)
     # Resolved against the figures of the study's start, so that a resume does not move the goals.
     limits = resolve_goals(spec.goals, session.dense_accuracy, session.dense_latency_ms, bench.dense.model_bytes)
@@ -196,6 +208,7 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
         home=place.directory,
         new=new,
     ) as optuna_study:
+        publish(optuna_study, *beginning(place))
         remember_script(place, request.script)
         for sentence in out_of_reach(session.profile, limits):
             stage(f"warning: {sentence}")

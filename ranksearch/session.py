@@ -21,6 +21,7 @@ from ranksearch.home_records import read_profile, study_record
 from ranksearch.identity import profile_identity
 from ranksearch.layer_timing import LayerTimer, PlanTimer
 from ranksearch.machine import machine_state, machine_warnings
+from ranksearch.optimization import published
 from ranksearch.plan import Plan
 from ranksearch.profiling import ProfileMaker
 from ranksearch.remeasure import target_record
@@ -74,6 +75,22 @@ def prepare(bench: Workbench, home: StudyHome, stage: Callable[[str], None]) -> 
         controls=controls,
         profile=profile,
     )
+
+
+def adopt(home: StudyHome, storage: str, name: str) -> None:
+    """Begins in a home that is empty as another coordinator of the study began: with its record and its table."""
+    if home.study.exists() or (found := published(storage, name)) is None:
+        return
+    record, table = found
+    write_atomically(home.candidates, table.encode())
+    write_json(home.study, record)
+
+
+def beginning(home: StudyHome) -> tuple[dict[str, Any], str]:
+    """The study's record, without what is of this machine alone, and its table."""
+    record = read_json(home.study)
+    record.pop("script", None)
+    return record, home.candidates.read_text(encoding="utf-8")
 
 
 def remember_script(home: StudyHome, script: str | Path | None) -> None:

@@ -85,6 +85,7 @@ class Told:
         self.started: list[tuple[int, str]] = []
         self.finished: list[TrialRecord] = []
         self.failed: list[TrialRecord] = []
+        self.seen: list[TrialRecord] = []
 
     def trial_started(self, number: int, plan: Plan, origin: str) -> str | None:
         self.started.append((number, origin))
@@ -92,6 +93,9 @@ class Told:
 
     def trial_finished(self, record: TrialRecord) -> None:
         self.finished.append(record)
+
+    def trial_seen(self, record: TrialRecord) -> None:
+        self.seen.append(record)
 
     def trial_failed(self, record: TrialRecord) -> None:
         self.failed.append(record)

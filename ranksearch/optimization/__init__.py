@@ -16,7 +16,14 @@ from ranksearch.optimization.records import TrialRecord, front, read_records, tr
 from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, find_sampler
 from ranksearch.optimization.space import suggest_plan
 from ranksearch.optimization.storage import check_storage, coordinator_lock
-from ranksearch.optimization.study import check_identity, open_study, read_study, study_names
+from ranksearch.optimization.study import (
+    check_identity,
+    open_study,
+    publish,
+    published,
+    read_study,
+    study_names,
+)
 from ranksearch.optimization.table import decode
 from ranksearch.optimization.trials import Callbacks
 from ranksearch.optimization.weight_errors import measure_weights
@@ -45,6 +52,8 @@ __all__ = [
     "optimise",
     "out_of_reach",
     "price_sweep",
+    "publish",
+    "published",
     "read_study",
     "read_records",
     "study_names",

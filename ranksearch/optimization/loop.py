@@ -1,5 +1,6 @@
 """The loop: ask for plans, have them evaluated, tell what came of them; the Optuna study is its only state."""
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import final
@@ -12,12 +13,12 @@ from ranksearch.candidates import Profile
 from ranksearch.early_stopping import StopRule
 from ranksearch.errors import StudyError
 from ranksearch.executors import AbstractExecutor, Outcome
+from ranksearch.optimization.coordination import RENEW_EVERY_S, coordinating
 from ranksearch.optimization.limits import ResolvedLimits
-from ranksearch.optimization.records import History, read_records
+from ranksearch.optimization.records import History, TrialRecord, read_records
 from ranksearch.optimization.samplers import SamplerSetting, default_n_prices, make_sampler
 from ranksearch.optimization.seeds import (
     enqueue,
-    fail_stale,
     fix_seeds,
     make_seeds,
     neighbour,
@@ -34,6 +35,8 @@ from ranksearch.spec import Objective
 MAX_REPEATS = 3
 # When this many trials fail one after the other, it is not the plans.
 MAX_FAILURES = 10
+# How often it is looked whether what another coordinator evaluates has ended.
+WAIT_S = 1.0
 
 
 def optimise(
@@ -76,19 +79,17 @@ def optimise(
     )  # fmt: skip
     next_sampler = make_sampler(sampler_name, setting)
     n_swept = default_n_prices(sampler_name) if n_prices is None else n_prices
-    seeds = fix_seeds(optuna_study, make_seeds(profile, controls, n_swept, seed, objectives))
-    stale = set(fail_stale(optuna_study))
-    known = read_records(optuna_study)
-    search = Search(
-        study=optuna_study, profile=profile, executor=executor, objectives=objectives, limits=limits,
-        sampler_name=sampler_name, next_sampler=next_sampler, seed=seed, n_trials=n_trials, deadline=deadline,
-        clock=clock, seconds_to_end=seconds_to_end, callbacks=callbacks, stop_rule=stop_rule, should_stop=should_stop,
-        seeds=seeds, history=History(known),
-    )  # fmt: skip
-    for record in known:
-        if record.number in stale:
-            callbacks.trial_failed(record)
-    _Loop(search).run()
+    planned = make_seeds(profile, controls, n_swept, seed, objectives)
+    with coordinating(optuna_study) as coordination:
+        with coordination.asking():
+            seeds = fix_seeds(optuna_study, planned)
+        search = Search(
+            study=optuna_study, coordination=coordination, profile=profile, executor=executor, objectives=objectives,
+            limits=limits, sampler_name=sampler_name, next_sampler=next_sampler, seed=seed, n_trials=n_trials,
+            deadline=deadline, clock=clock, seconds_to_end=seconds_to_end, callbacks=callbacks, stop_rule=stop_rule,
+            should_stop=should_stop, seeds=seeds, history=History([]),
+        )  # fmt: skip
+        _Loop(search).run()
 
 
 @final
@@ -100,6 +101,12 @@ class _Loop:
         self._running: dict[int, Asked] = {}
         # Those whose plan is being evaluated as another trial: that one's outcome is theirs.
         self._waiting: list[Asked] = []
+        # What other coordinators evaluate.
+        self._elsewhere: list[TrialRecord] = []
+        self._reclaim()
+        for record in read_records(search.study):
+            if record.state != "running":
+                search.history.add(record)
         self._n_repeats = search.history.n_repeats
         self._last = search.history.records[-1].plan if search.history.records else None
         self._n_failures = 0
@@ -108,6 +115,8 @@ class _Loop:
         """Keeps the executor busy until no further trial is to be started."""
         try:
             while self._fill_all():
+                if not self._running:
+                    time.sleep(WAIT_S)
                 for outcome in self.search.executor.wait():
                     self._settle(outcome)
         except BaseException:
@@ -117,33 +126,64 @@ class _Loop:
             raise
 
     def _fill_all(self) -> bool:
-        """Gives every worker a trial; whether any runs."""
+        """Gives every worker a trial; whether any runs, or waits for one that runs elsewhere."""
+        if self.search.coordination.shared and time.monotonic() - self._reclaimed_at > RENEW_EVERY_S:
+            self._reclaim()
         while self._fill():
             pass
-        return bool(self._running)
+        return bool(self._running or self._waiting)
 
     def _fill(self) -> bool:
         """Starts a trial where there is room for one and one is to be started; whether it did, or told a duplicate."""
-        has_room = len(self._running) < self.search.executor.n_workers
-        if not has_room or self._finished() or not self._enqueue_next():
-            return False
-        asked = ask_next(self.search)
-        if asked is not None:
-            self._begin(asked)
+        with self.search.coordination.asking():
+            self._look_around()
+            has_room = len(self._running) < self.search.executor.n_workers
+            if not has_room or self._finished() or not self._enqueue_next():
+                return False
+            asked = ask_next(self.search)
+            new = asked is not None and self._take(asked)
+        if new and asked is not None:
+            start(self.search, asked)
         return True
 
-    def _begin(self, asked: Asked) -> None:
-        """The trial, started, unless its plan was tried or is being tried."""
+    def _take(self, asked: Asked) -> bool:
+        """Whether the trial is to be run: its plan was not tried, and is not being tried."""
         self._last = asked.plan
-        known, running = self.search.history.find(asked.plan), self._find_running(asked.plan)
-        self._n_repeats = 0 if known is None and running is None else self._n_repeats + 1
-        if known is not None:
-            self.search.history.add(tell_duplicate(self.search, asked.trial, known))
-        elif running is not None:
-            self._waiting.append(asked)
-        else:
+        known = self.search.history.find(asked.plan)
+        new = known is None and not self._is_running(asked.plan)
+        self._n_repeats = 0 if new else self._n_repeats + 1
+        if new:
             self._running[asked.trial.number] = asked
-            start(self.search, asked)
+        elif known is not None:
+            self.search.history.add(tell_duplicate(self.search, asked.trial, known))
+        else:
+            self._waiting.append(asked)
+        return new
+
+    def _look_around(self) -> None:
+        """What other coordinators have done, and what they do."""
+        search = self.search
+        if not search.coordination.shared:
+            return
+        ours = {asked.trial.number for asked in (*self._running.values(), *self._waiting)}
+        known = ours | {record.number for record in search.history.records}
+        found = [record for record in read_records(search.study) if record.number not in known]
+        self._elsewhere = [record for record in found if record.state == "running"]
+        for record in found:
+            if record.state != "running":
+                search.history.add(record)
+                search.callbacks.trial_seen(record)
+        for asked in [asked for asked in self._waiting if search.history.find(asked.plan) is not None]:
+            self._waiting.remove(asked)
+            self._take(asked)
+
+    def _reclaim(self) -> None:
+        """Takes over what nobody evaluates any more."""
+        self._reclaimed_at = time.monotonic()
+        lost = set(self.search.coordination.reclaim())
+        for record in read_records(self.search.study) if lost else []:
+            if record.number in lost:
+                self.search.callbacks.trial_failed(record)
 
     def _settle(self, outcome: Outcome) -> None:
         asked = self._running.pop(outcome.number)
@@ -164,14 +204,18 @@ class _Loop:
             )
 
     def _is_tried(self, plan: Plan) -> bool:
-        return self.search.history.find(plan) is not None or self._find_running(plan) is not None
+        return self.search.history.find(plan) is not None or self._is_running(plan)
 
-    def _find_running(self, plan: Plan) -> Asked | None:
-        return next((asked for asked in self._running.values() if asked.plan.hash() == plan.hash()), None)
+    def _is_running(self, plan: Plan) -> bool:
+        return any(other.plan.hash() == plan.hash() for other in self._under_way())
+
+    def _under_way(self) -> list[Asked | TrialRecord]:
+        """What is evaluated, here and elsewhere."""
+        return [*self._running.values(), *self._elsewhere]
 
     def _finished(self) -> bool:
         """Whether no further trial is to be started, if those that run end well."""
-        search, running = self.search, list(self._running.values())
+        search, running = self.search, self._under_way()
         if search.should_stop() or search.history.n_distinct + len(running) >= n_plans(search.profile):
             return True
         if search.deadline is not None:
@@ -205,7 +249,8 @@ class _Loop:
             return True
         if self._n_repeats < MAX_REPEATS or self._last is None:
             return True
-        last, n_tried = search.profile.indices(self._last), search.history.n_distinct + len(self._running)
+        last = search.profile.indices(self._last)
+        n_tried = search.history.n_distinct + len(self._under_way())
         params_near = neighbour(search.profile, last, self._is_tried, n_tried, search.seed, len(trials))
         if params_near is not None:
             enqueue(search.study, params_near, origin="neighbour")

@@ -1,23 +1,33 @@
-"""Where Optuna keeps a study: a journal in the study's home, any Optuna URL, or memory; one coordinator at a time."""
+"""Where Optuna keeps a study: a journal in the study's home, any Optuna URL, or memory.
+
+One coordinator at a time has a home, and a file of SQLite; a study on PostgreSQL may have several.
+"""
 
 import fcntl
 import os
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError
 
 from ranksearch.errors import StudyError
 from ranksearch.masking import cause, masked
+from ranksearch.optimization.coordination import LEASE_S, RENEW_EVERY_S
 from ranksearch.reading import check_lines, check_own_file
 
 JOURNAL = "journal.log"
 LOCK = "coordinator.lock"
+N_ATTEMPTS = 5
 
 Storage = str | Path | BaseStorage | None
 
@@ -34,7 +44,14 @@ def coordinator_lock(home: Path, *, around: bool = False) -> Iterator[None]:
     Raises StudyError, naming the other process, where one holds it already.
     """
     home.mkdir(parents=True, exist_ok=True)
-    with _open_lock(home / LOCK) as file:
+    with _locked(home / LOCK, f"the study in {home}", "choose another --home", around):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, what: str, instead: str, around: bool = False) -> Iterator[None]:
+    """Holds the file's lock. Raises StudyError, naming the process that holds it."""
+    with _open_lock(path) as file:
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino)
         if identity in _HELD.get():
@@ -45,9 +62,7 @@ def coordinator_lock(home: Path, *, around: bool = False) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise StudyError(
-                f"the study in {home} is being run by process {holder}; wait for it, stop it, or choose another --home"
-            ) from None
+            raise StudyError(f"{what} is being run by process {holder}; wait for it, stop it, or {instead}") from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -70,11 +85,13 @@ def _open_lock(path: Path) -> IO[str]:
 def writing_storage(storage: Storage, home: Path | None) -> Iterator[BaseStorage]:
     """The storage, for the one coordinator that writes to it, with the home locked and the journal mended."""
     home = Path(storage) if isinstance(storage, str | Path) and not _is_url(storage) else home
-    if home is None:
-        yield from _opened(storage)
-        return
-    with coordinator_lock(home):
-        mend_journal(home / JOURNAL)
+    with ExitStack() as locks:
+        if home is not None:
+            locks.enter_context(coordinator_lock(home))
+            mend_journal(home / JOURNAL)
+        if (file := _sqlite_file(storage)) is not None:
+            what = f"a study in {file}"
+            locks.enter_context(_locked(file.with_name(f"{file.name}.lock"), what, "choose another --storage"))
         yield from _opened(storage)
 
 
@@ -110,6 +127,15 @@ def _complete_bytes(content: bytes) -> int:
     return content.rfind(b"\n") + 1
 
 
+def _sqlite_file(storage: Storage) -> Path | None:
+    """The file of an SQLite storage, whose folder is there."""
+    if not isinstance(storage, str) or not storage.startswith("sqlite"):
+        return None
+    database = make_url(storage).database
+    path = Path(database) if database and database != ":memory:" else None
+    return path if path is not None and path.parent.is_dir() else None
+
+
 def _is_url(storage: str | Path) -> bool:
     return isinstance(storage, str) and "://" in storage
 
@@ -134,11 +160,26 @@ def _open(storage: Storage) -> BaseStorage:
     if not _is_url(storage):
         return _open_journal(Path(storage) / JOURNAL)
     try:
-        return RDBStorage(str(storage))
+        return _open_database(str(storage))
     except Exception as error:
         # Drivers that are missing, servers that are down, URLs that are wrong: each has its own exception.
         told = f"cannot open the Optuna storage {storage}: {type(error).__name__}: {error}"
         raise StudyError(masked(told)) from cause(error)
+
+
+def _open_database(url: str) -> BaseStorage:
+    for attempt in range(1, N_ATTEMPTS + 1):
+        # With heartbeats: what a coordinator runs that is gone is then told from what another runs.
+        renewed = RENEW_EVERY_S if url.startswith("postgresql") else None
+        try:
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                return RDBStorage(url, heartbeat_interval=renewed, grace_period=LEASE_S if renewed else None)
+        except IntegrityError:
+            # Another process is making the tables of a new database at this moment.
+            if attempt == N_ATTEMPTS:
+                raise
+            time.sleep(1)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _open_journal(journal: Path) -> BaseStorage:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -13,6 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from ranksearch.errors import StudyError
+from ranksearch.optimization.coordination import exclusively, is_shared, storage_of
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import read_records
 from ranksearch.optimization.storage import Storage, reading_storage, writing_storage
@@ -23,6 +25,7 @@ SUCCESSOR = "#"
 READY = "ready"
 IDENTITY = "identity"
 LIMITS = "limits"
+BEGINNING = "beginning"
 
 
 @contextmanager
@@ -44,17 +47,43 @@ def open_study(
     the storage cannot be opened, or where the identity differs, listing what does.
     """
     with writing_storage(storage, home) as opened:
-        _discard_unfinished(opened, name)
-        versions = _versions(opened, name)
-        if not versions or new:
-            yield _create(opened, _next_name(name, versions), objectives, identity, limits)
-            return
-        latest = _load(opened, versions[-1])
-        check_identity(latest, identity)
-        if latest.user_attrs[LIMITS] == limits.to_json():
-            yield latest
-            return
-        yield _create(opened, _next_name(name, versions), objectives, identity, limits, predecessor=latest)
+        with exclusively(opened):
+            study = _found_or_made(opened, name, objectives, identity, limits, new)
+        yield study
+
+
+def _found_or_made(
+    storage: BaseStorage,
+    name: str,
+    objectives: Sequence[Objective],
+    identity: Mapping[str, str],
+    limits: ResolvedLimits,
+    new: bool,
+) -> Study:
+    _discard_unfinished(storage, name)
+    versions = _versions(storage, name)
+    if not versions or new:
+        return _create(storage, _next_name(name, versions), objectives, identity, limits)
+    latest = _load(storage, versions[-1])
+    check_identity(latest, identity)
+    if latest.user_attrs[LIMITS] == limits.to_json():
+        return latest
+    return _create(storage, _next_name(name, versions), objectives, identity, limits, predecessor=latest)
+
+
+def publish(study: Study, record: Mapping[str, Any], table: str) -> None:
+    """Lets other coordinators of a shared study begin as this one did: with its record and its candidate table."""
+    if is_shared(storage_of(study)) and BEGINNING not in study.user_attrs:
+        study.set_user_attr(BEGINNING, {"record": dict(record), "table": table})
+
+
+def published(storage: str, name: str) -> tuple[Mapping[str, Any], str] | None:
+    """What `publish` wrote, of the latest study of that name; None where there is none. Raises StudyError."""
+    opened = reading_storage(storage)
+    if not is_shared(opened) or not (versions := _versions(opened, name)):
+        return None
+    found = _load(opened, versions[-1]).user_attrs.get(BEGINNING)
+    return None if found is None else (found["record"], found["table"])
 
 
 def study_names(storage: str | Path | BaseStorage) -> list[str]:

@@ -1,6 +1,7 @@
 """One trial: asked for, given to the executor, and told, whatever becomes of it."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,7 @@ from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.executors import AbstractExecutor, Job, Outcome
 from ranksearch.ladder import Terms
+from ranksearch.optimization.coordination import Coordination
 from ranksearch.optimization.history_reader import sampler_attributes
 from ranksearch.optimization.limits import ResolvedLimits
 from ranksearch.optimization.records import History, TrialRecord, objective_values, record_of
@@ -36,6 +38,9 @@ class Callbacks(Protocol):
     def trial_finished(self, record: TrialRecord) -> None:
         """After a complete or pruned trial was stored."""
 
+    def trial_seen(self, record: TrialRecord) -> None:
+        """When another coordinator is seen to have told a trial."""
+
     def trial_failed(self, record: TrialRecord) -> None:
         """After a failed or interrupted trial was stored, also one that an earlier process left unfinished."""
 
@@ -45,6 +50,7 @@ class Search:
     """What one call of `optimise` works with."""
 
     study: Study
+    coordination: Coordination
     profile: Profile
     executor: AbstractExecutor
     objectives: Sequence[Objective]
@@ -79,11 +85,13 @@ class Asked:
 def ask_next(search: Search) -> Asked | None:
     """Asks for a trial; None where it had no plan of this table, and was told so."""
     trial = _ask(search)
+    search.coordination.took(trial)
     try:
         indices = settled(search.profile, to_indices(search.profile, trial.params))
     except StudyError as error:
         trial.set_user_attr("reason", str(error))
         search.study.tell(trial, state=TrialState.FAIL)
+        search.coordination.ended(trial.number)
         return None
     plan = search.profile.plan(indices)
     if "origin" not in trial.user_attrs:
@@ -103,7 +111,10 @@ def _ask(search: Search) -> Trial:
     # Until the last seed is in, the first generation must hold them all; then, those that became complete.
     n_seeds = n_complete if all_tried else len(search.seeds)
     search.study.sampler = search.next_sampler(len(trials), n_seeds)
-    return search.study.ask(distributions(search.profile))
+    with warnings.catch_warnings():
+        # We renew them ourselves.
+        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used with")
+        return search.study.ask(distributions(search.profile))
 
 
 def start(search: Search, asked: Asked) -> None:
@@ -176,7 +187,9 @@ def _tell(search: Search, trial: Trial, evaluation: Evaluation | None, state: Tr
         trial.set_constraint(name, value)
     complete = evaluation is not None and state is TrialState.COMPLETE
     values = objective_values(evaluation, search.objectives) if evaluation is not None and complete else None
-    return record_of(search.study.tell(trial, values, state=state))
+    told = search.study.tell(trial, values, state=state)
+    search.coordination.ended(trial.number)
+    return record_of(told)
 
 
 def _stored(search: Search, trial: Trial) -> FrozenTrial:
