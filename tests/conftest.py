@@ -1,5 +1,7 @@
 """What several tests share: a study that went through everything that can stop it, and a tiny one, opened."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from ranksearch.factorisations import Factorisations
 from ranksearch.workbench import Workbench, open_workbench
 
 pytest_plugins = ["postgres", "tracked_study"]
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Tests in other processes time on the device as well: its lock is a file in this folder, so each has its own.
+    tempfile.tempdir = os.environ["TMPDIR"] = str(Path(tempfile.gettempdir()) / f"ranksearch-{worker}")
+    Path(tempfile.tempdir).mkdir(exist_ok=True)
 
 # Layers this small: a second thread waits longer than it works, above all beside other processes.
 torch.set_num_threads(1)

@@ -153,9 +153,11 @@ def test_a_storage_of_one_has_one_coordinator(tmp_path: Path) -> None:
 def test_two_commands_share_a_study(commands: Commands, postgres: NewDatabase, tmp_path: Path) -> None:
     script, environment = write_study(tmp_path), {"OPTUNA_STORAGE": postgres()}
     words = ("run", script.name, "--trials", "8", "--tracking-uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--home")
-    first = commands.start(tmp_path, *words, "one", **environment)
+    # With caches of their own, as on two machines.
+    caches = [environment | {"RANKSEARCH_CACHE": str(tmp_path / f"cache-{i}")} for i in range(2)]
+    first = commands.start(tmp_path, *words, "one", **caches[0])
     first.wait_for("layers; state in")
-    second = commands.run(tmp_path, *words, "two", **environment)
+    second = commands.run(tmp_path, *words, "two", **caches[1])
     ended = commands.wait(first)
     assert (ended.code, second.code) == (0, 0), (ended.err, second.err)
     # The second took over what the first had profiled, and both did some.

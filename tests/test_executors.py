@@ -59,6 +59,14 @@ study = __import__("dataclasses").replace(study, recovery=rs.Recovery(fine_tune=
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_timing() -> Iterator[None]:
+    """For the workers as well, which have this process's environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANKSEARCH_MAX_TIMING_SECONDS", "0.1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_study(tmp_path_factory.mktemp("workers"), after=TRAINING)
@@ -71,7 +79,6 @@ def here(script: Path) -> Workbench:
 
 @pytest.fixture(scope="module")
 def make_setting(script: Path, here: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Setting]:
-    os.environ["RANKSEARCH_MAX_TIMING_SECONDS"] = "0.1"
     home = StudyHome(tmp_path_factory.mktemp("home") / "tiny")
     factorisations = here.factorisations()
 

@@ -166,8 +166,11 @@ def test_an_interrupt_ends_the_wait_at_the_end(
         return ended(within_s)
 
     monkeypatch.setattr(tracker._worker, "ended", interrupted)
+    # Whoever started the tests in the background has had the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         tracker.finish([])
+    signal.signal(signal.SIGINT, before)
     held.set()
     assert ended(60)
     assert connect(store).get_run(tracker.study.run_id).info.status == "RUNNING", "nothing more was written"

@@ -1,7 +1,8 @@
 """Does it hold where something is wrong: files that a stranger wrote or a disk damaged?
 
 Each question is a module of its own, `faults_NAME.py`, which says what it asks and what its target is, and is imported
-when it is asked: `fuzz`, files that were changed in every way. `--quick` asks each a smaller question.
+when it is asked: `fuzz`, files that were changed in every way; `kills`, studies that are killed at any moment.
+`--quick` asks each a smaller question.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from functools import partial
 
 from common import Answer, ask, options
 
-QUESTIONS = ("fuzz",)
+QUESTIONS = ("fuzz", "kills")
 
 
 def main() -> None:

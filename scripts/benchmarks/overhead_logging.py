@@ -15,6 +15,7 @@ from ranksearch.evaluation import Evaluation
 from ranksearch.home import StudyHome, write_json
 from ranksearch.listener import Listener, Silent
 from ranksearch.optimization import DropEstimator, ResolvedLimits, TrialRecord, drop_unit
+from ranksearch.plan import Plan
 from ranksearch.spec import OBJECTIVES
 from ranksearch.tracking import Tracker
 
@@ -27,7 +28,7 @@ def logging_s(n_layers: int, n_trials: int) -> dict[str, Any]:
     sizes = np.array([len(layer.candidates) for layer in profile.layers])
     took = []
     with scratch():
-        listener = _listener(profile)
+        listener = listener_of(profile)
         for number in range(n_trials):
             # From a plan that hardly changes the model to one that ruins it.
             indices = [int(i) for i in rng.random(n_layers) ** rng.uniform(0.1, 2.0) * sizes]
@@ -49,7 +50,7 @@ def logging_s(n_layers: int, n_trials: int) -> dict[str, Any]:
     }
 
 
-def _listener(profile: Profile) -> Listener:
+def listener_of(profile: Profile) -> Listener:
     """As a run has it, its home and its store new."""
     place = StudyHome(Path("home") / "deep")
     place.directory.mkdir(parents=True)
@@ -66,8 +67,13 @@ def _listener(profile: Profile) -> Listener:
 
 def _record(profile: Profile, number: int, indices: Sequence[int], noise: float) -> TrialRecord:
     """A trial that found what the profile predicts, but for noise."""
-    loss, latency, size = profile.predict(indices)
-    plan, drop = profile.plan(indices), 0.1 * loss + noise
+    return record_of_plan(profile, number, profile.plan(indices), noise)
+
+
+def record_of_plan(profile: Profile, number: int, plan: Plan, noise: float) -> TrialRecord:
+    """That of a plan."""
+    loss, latency, size = profile.predict(profile.indices(plan))
+    drop = 0.1 * loss + noise
     evaluation = Evaluation(
         plan=plan, rung="fine_tuned", accuracy=DENSE_SCORE - drop, accuracy_drop=drop, drop_low=drop - 0.006,
         drop_high=drop + 0.006, latency_ms=latency, latency_p95_ms=latency, ratio_low=0.98 * latency,
