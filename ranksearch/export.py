@@ -223,6 +223,19 @@ def written_aside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def sweep(folder: Path) -> None:
+    """Removes what a process was killed in the middle of writing aside; only for who alone writes there."""
+    for left in folder.glob(".*.new"):
+        shutil.rmtree(left, ignore_errors=True)
+    for old in folder.glob(".*.old"):
+        name = old.name.removeprefix(".").rsplit(".", 2)[0]
+        if (folder / name).exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            # It was killed between the two renames.
+            old.rename(folder / name)
+
+
 def _apart(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors each in memory of its own, in plain order, as safetensors wants them."""
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}

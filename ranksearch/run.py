@@ -14,6 +14,7 @@ from ranksearch.device import other_cores
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.executors import DEFAULT_EXECUTOR, Setting, check_executor, open_executor
+from ranksearch.export import sweep
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
 from ranksearch.identity import study_identity
 from ranksearch.ladder import Evaluator, Terms
@@ -196,6 +197,7 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
 
     if request.storage is not None and not new:
         adopt(place, request.storage, spec.name)
+    sweep(place.plans)
     session = prepare(bench, place, stage)
     # Resolved against the figures of the study's start, so that a resume does not move the goals.
     limits = resolve_goals(spec.goals, session.dense_accuracy, session.dense_latency_ms, bench.dense.model_bytes)

@@ -25,6 +25,7 @@ from ranksearch.export import (
     named_values,
     read_example,
     save,
+    sweep,
     write_bundle,
     written_aside,
 )
@@ -398,3 +399,14 @@ def test_dense_can_be_exported(bench: Workbench, tmp_path: Path) -> None:
     (_, dense), *_ = control_plans(bench)
     write_bundle(bench, dense, bench.model, tmp_path / "dense")
     assert torch.equal(load(tmp_path / "dense", bench.model)(bench.example), bench.model(bench.example))
+
+
+def test_what_a_killed_process_left_aside_is_swept_and_what_it_had_moved_comes_back(tmp_path: Path) -> None:
+    for name in ("whole", ".whole.0123.old", ".half.0123.new", ".moved.4567.old", ".moved.4567.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    sweep(tmp_path)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
+        "whole": "whole", "moved": ".moved.4567.old",
+    }  # fmt: skip
+    sweep(tmp_path / "nowhere")

@@ -68,10 +68,10 @@ class Terminal:
         )
         self._task = self._progress.add_task("starting", total=None, best="")
         self._counted = 0
-        self._seconds: list[float] = []
-        self._started = time.monotonic()
+        self._n_ended = 0
+        self._opened = time.monotonic()
         self._best: Row | None = None
-        self._stage, self._percent, self._told_at = "starting", 0, self._started
+        self._stage, self._percent, self._told_at = "starting", 0, self._opened
 
     def __enter__(self) -> "Terminal":
         self._progress.start()
@@ -96,7 +96,7 @@ class Terminal:
         self, bench: "Workbench", home: "StudyHome", history: "Sequence[TrialRecord]", total: int | None
     ) -> None:
         """Says what is searched, and what was skipped."""
-        self._total = total
+        self._total, self._opened = total, time.monotonic()
         self._counted = sum(record.counted for record in history)
         self._progress.update(self._task, completed=self._counted, total=total)
         skipped = len(bench.found.skipped)
@@ -106,9 +106,7 @@ class Terminal:
 
     def trial_started(self, number: int, plan: "Plan", origin: str) -> None:
         """Shows the trial that runs."""
-        self._started = time.monotonic()
-        self._stage = f"trial {number} ({origin})"
-        self._told_at = self._started
+        self._stage, self._told_at = f"trial {number} ({origin})", time.monotonic()
         self._progress.update(self._task, description=self._stage)
 
     def trained(self, step: "Step") -> None:
@@ -124,7 +122,7 @@ class Terminal:
     def trial_ended(self, record: "TrialRecord", row: Row | None) -> None:
         """Counts the trial, and shows the best feasible plan so far and the time left."""
         self._counted += record.counted
-        self._seconds.append(time.monotonic() - self._started)
+        self._n_ended += 1
         if row is not None and row["feasible"] and not record.control and _faster(row, self._best):
             self._best = row
         self._progress.update(self._task, completed=self._counted, best=self._status())
@@ -144,7 +142,8 @@ class Terminal:
 
     def _seconds_left(self) -> float:
         """Until the trials or the time are used up, whichever is first."""
-        mean = sum(self._seconds) / len(self._seconds)
+        # However many run at a time.
+        mean = (time.monotonic() - self._opened) / self._n_ended
         left = []
         if self._total is not None:
             left.append(max(self._total - self._counted, 0) * mean)
