@@ -20,6 +20,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Tests in other processes time on the device as well: its lock is a file in this folder, so each has its own.
     tempfile.tempdir = os.environ["TMPDIR"] = str(Path(tempfile.gettempdir()) / f"ranksearch-{worker}")
     Path(tempfile.tempdir).mkdir(exist_ok=True)
+    # Of the terminal that the tests were started in: what is tested writes to files.
+    os.environ.pop("COLUMNS", None)
 
 # Layers this small: a second thread waits longer than it works, above all beside other processes.
 torch.set_num_threads(1)

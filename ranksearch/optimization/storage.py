@@ -18,7 +18,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from ranksearch.errors import StudyError
 from ranksearch.masking import cause, masked
@@ -174,7 +174,7 @@ def _open_database(url: str) -> BaseStorage:
         try:
             with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
                 return RDBStorage(url, heartbeat_interval=renewed, grace_period=LEASE_S if renewed else None)
-        except IntegrityError:
+        except (IntegrityError, ProgrammingError):
             # Another process is making the tables of a new database at this moment.
             if attempt == N_ATTEMPTS:
                 raise
