@@ -3,9 +3,10 @@
 import logging
 import os
 import re
+import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,8 @@ def connect(tracking_uri: str) -> "MlflowClient":
         with explained(tracking_uri):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if not path.exists():
+                    _make_database(path)
             elif not is_remote(tracking_uri):
                 _check_database(tracking_uri)
             return MlflowClient(tracking_uri=tracking_uri)
@@ -96,6 +99,20 @@ def _check_database(uri: str) -> None:
         ) from error
     engine.connect().close()
     engine.dispose()
+
+
+def _make_database(path: Path) -> None:
+    """A new SQLite store, made aside: MLflow refuses one in whose making a process was killed."""
+    from mlflow import MlflowClient
+
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments(max_results=1)
+        # Another process may have made it meanwhile.
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def quiet_mlflow() -> None:

@@ -22,7 +22,7 @@ from ranksearch.evaluation import Evaluation
 from ranksearch.executors import InlineExecutor, Job, Setting, open_executor
 from ranksearch.home import StudyHome
 from ranksearch.optimization import ResolvedLimits, open_study, optimise
-from ranksearch.plan import Plan
+from ranksearch.plan import LayerChoice, Plan
 from ranksearch.spec import OBJECTIVES, load_study
 from ranksearch.workbench import open_workbench
 
@@ -60,7 +60,7 @@ def _rate(script: Path, n_workers: int, n_jobs: int) -> float:
         dense_latency_ms=1.0, limits={}, script=script, n_workers=n_workers, trial_limit_s=None,
         should_abort=lambda: False, on_step=lambda _step: None,
     )  # fmt: skip
-    plans = [Plan.model_validate({"layers": {"0": {"decomposition": "svd", "ranks": [4 + i]}}}) for i in range(n_jobs)]
+    plans = [Plan(layers={"0": LayerChoice(decomposition="svd", ranks=(4 + i,))}) for i in range(n_jobs)]
     with open_executor("ray", setting) as executor:
         # The first round opens the study in each of them.
         _have_done(executor, [Job(number=i, plan=plans[0]) for i in range(n_workers)])
