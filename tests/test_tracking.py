@@ -434,3 +434,18 @@ def test_the_pareto_page_shows_table_scatters_and_the_picture(
         assert outside(browser.requested, server.url)[1:] == []
     assert server.process is not None
     assert server.process.poll() is not None
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    def killed(*_words: object, **_named: object) -> None:
+        assert not (tmp_path / "runs.db").exists(), "it is made aside"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "search_experiments", killed)
+        connect(f"sqlite:///{tmp_path / 'runs.db'}")
+    assert not list(tmp_path.iterdir())
+    assert connect(f"sqlite:///{tmp_path / 'runs.db'}").search_experiments()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.db"]
