@@ -9,15 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ranksearch.compression import check_plan
 from ranksearch.device import other_cores
 from ranksearch.errors import PlanError
 from ranksearch.export import save
-from ranksearch.ladder import Evaluator, Terms
 from ranksearch.plan import Plan
-from ranksearch.results import Row, evaluation_row, resolve_goals
+from ranksearch.results import Row
+from ranksearch.run import evaluate_on
 from ranksearch.runtimes import differing_keys
-from ranksearch.session import dense_latency
 from ranksearch.spec import StudySpec
 from ranksearch.trial_facts import TrialFacts
 from ranksearch.versions import package_versions
@@ -48,21 +46,13 @@ def run_again(study: StudySpec, plan: Plan, then: TrialFacts) -> Rerun:
 
 
 def _run(bench: Workbench, plan: Plan, then: TrialFacts) -> Rerun:
-    check_plan(bench.model, plan)
-    latency_ms, _ = dense_latency(bench)
-    limits = resolve_goals(bench.spec.goals, bench.dense.scores.value, latency_ms, bench.dense.model_bytes)
     digests = []
 
     def keep(plan: Plan, model: nn.Module) -> None:
         digests.append(weights_sha256(model, plan))
 
-    evaluation = Evaluator(
-        bench=bench,
-        factorisations=bench.factorisations(),
-        dense_latency_ms=latency_ms,
-        keep=keep,
-    ).evaluate(plan, Terms(may_stop=False))
-    return Rerun(row=evaluation_row(evaluation, limits), sha256=digests[0], differences=tuple(_differing(bench, then)))
+    row, _ = evaluate_on(bench, plan, keep)
+    return Rerun(row=row, sha256=digests[0], differences=tuple(_differing(bench, then)))
 
 
 def weights_sha256(model: nn.Module, plan: Plan) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ranksearch.candidates import Profile
 from ranksearch.compression import check_plan
 from ranksearch.controls import control_plans, measure_controls
@@ -134,10 +136,13 @@ def evaluate(study: StudySpec, plan: Plan) -> Evaluation:
 def evaluate_row(study: StudySpec, plan: Plan) -> tuple[Row, Evaluation]:
     """The plan's figures as a row of the front, judged by the study's goals, and as they were measured."""
     with other_cores(study.target):
-        return _evaluated(open_workbench(study), plan)
+        return evaluate_on(open_workbench(study), plan)
 
 
-def _evaluated(bench: Workbench, plan: Plan) -> tuple[Row, Evaluation]:
+def evaluate_on(
+    bench: Workbench, plan: Plan, keep: Callable[[Plan, nn.Module], None] = lambda _plan, _model: None
+) -> tuple[Row, Evaluation]:
+    """The same on an opened study; `keep` is given the plan and the model that was scored."""
     study = bench.spec
     check_plan(bench.model, plan)
     latency_ms, _ = dense_latency(bench)
@@ -146,6 +151,7 @@ def _evaluated(bench: Workbench, plan: Plan) -> tuple[Row, Evaluation]:
         bench=bench,
         factorisations=bench.factorisations(),
         dense_latency_ms=latency_ms,
+        keep=keep,
     )
     evaluation = evaluator.evaluate(plan, Terms(may_stop=False))
     return evaluation_row(evaluation, limits), evaluation

@@ -32,8 +32,8 @@ FLOORS: dict[str, float] = {
     "search_result": 8.5, "session": 8.5,
     "study_export": 8.6, "study_report": 8.6, "trial_bundle": 8.6,
     "listener": 8.75,
-    "full_training": 9, "other_target": 9, "rerun": 9, "run": 9,
-    "doctor": 9.5, "scaffold": 9.5, "trial_cost": 9.5,
+    "full_training": 9, "other_target": 9, "run": 9,
+    "doctor": 9.5, "rerun": 9.5, "scaffold": 9.5, "trial_cost": 9.5,
     "adapters": 10, "cli": 10, "testing": 10,
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ class Alone:
     shared = False
 
     def __init__(self, study: Study) -> None:
-        self._study, self._began = study, False
+        self._study = study
 
     def asking(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -66,10 +66,8 @@ class Alone:
         pass
 
     def reclaim(self) -> list[int]:
-        """Once, at the start."""
-        stale = [] if self._began else fail_stale(self._study)
-        self._began = True
-        return stale
+        """To be asked before this process has any trial."""
+        return fail_stale(self._study)
 
     def close(self) -> None:
         pass

@@ -167,7 +167,7 @@ class _Loop:
             return
         ours = {asked.trial.number for asked in (*self._running.values(), *self._waiting)}
         known = ours | {record.number for record in search.history.records}
-        found = [record for record in read_records(search.study) if record.number not in known]
+        found = read_records(search.study, without=known)
         self._elsewhere = [record for record in found if record.state == "running"]
         for record in found:
             if record.state != "running":

@@ -1,6 +1,6 @@
 """Trials as values: what each was, and what became of it; read from the Optuna study, which is the only state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
@@ -103,12 +103,13 @@ class TrialRecord:
         return self.state in ("complete", "pruned") and self.duplicate_of is None and not self.control
 
 
-def read_records(optuna_study: Study) -> list[TrialRecord]:
-    """Every trial that was started, in order. Raises StudyError for one that cannot be read."""
+def read_records(optuna_study: Study, without: Collection[int] = ()) -> list[TrialRecord]:
+    """Every trial that was started, in order, but for these numbers. Raises StudyError for one that cannot be read."""
     trials = optuna_study.get_trials(deepcopy=False)
     # A list: of a damaged trial it may be anything.
     retried = [trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs]
     started = [trial for trial in trials if trial.state in STATES and "plan" in trial.user_attrs]
+    started = [trial for trial in started if trial.number not in without]
     return [record_of(trial, queued_again=trial.number in retried) for trial in started]
 
 
