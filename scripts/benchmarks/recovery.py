@@ -18,7 +18,7 @@ import torch
 from common import Answer, Question, ask, options
 from decompositions_networks import cifar_resnet, digits_network
 from recovery_plans import RULES
-from recovery_rows import Judge, Recipe, judge_of, line, train, train_dense, train_plan
+from recovery_rows import DENSE, Judge, Recipe, judge_of, line, train, train_dense, train_plan
 
 OURS = Recipe(name="ours", epochs=30.0, rule="one-shot loss, spatial")
 MOST = {(20, 0.44): 0.6, (20, 0.67): 1.1, (56, 0.50): 0.3, (56, 0.66): 0.8}
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=OURS.epochs, help="fewer fall short of the question")
     parser.add_argument("--learning-rate", type=float, default=OURS.learning_rate, help="the largest of the cycle")
     parser.add_argument("--rule", choices=list(RULES), default=OURS.rule, help="how the bars' ranks are chosen")
-    parser.add_argument("--recipes", nargs="+", choices=[r.name for r in CONTROLS], help="of the controls, these")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=[*(r.name for r in CONTROLS), DENSE], help="of the controls, these"
+    )
     arguments = parser.parse_args()
     ask(arguments, {"quick": quick} if arguments.quick else QUESTIONS)
 
@@ -70,12 +72,13 @@ def controls(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """ResNet-20 at 67 %, the recipe with a part of it left out or put in."""
     subject = cifar_resnet(20)
     judge, epochs = judge_of(subject), min(arguments.epochs, CONTROLS[0].epochs)
+    wanted = arguments.recipes or [*(recipe.name for recipe in CONTROLS), DENSE]
     rows = [
         train(subject, judge, 0.67, replace(recipe, epochs=epochs, learning_rate=arguments.learning_rate))
         for recipe in CONTROLS
-        if recipe.name in (arguments.recipes or [recipe.name])
+        if recipe.name in wanted
     ]
-    if not arguments.recipes:
+    if DENSE in wanted:
         rows.append(train_dense(subject, judge, epochs, arguments.learning_rate))
     return {
         "rows": rows,

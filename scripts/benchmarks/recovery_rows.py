@@ -27,6 +27,7 @@ from ranksearch.scoring import paired_drop, score_model
 from ranksearch.weights import packed_bytes
 
 SEED = 0
+DENSE = "dense, same fine-tuning"
 Row = dict[str, Any]
 
 
@@ -110,7 +111,7 @@ def train_plan(subject: Subject, judge: Judge, plan: Plan, recipe: Recipe, sourc
 
 def train_dense(subject: Subject, judge: Judge, epochs: float, learning_rate: float) -> Row:
     """Dense with the same fine-tuning: what of an accuracy is training, and not the plan."""
-    recipe = Recipe(name="dense, same fine-tuning", epochs=epochs, learning_rate=learning_rate)
+    recipe = Recipe(name=DENSE, epochs=epochs, learning_rate=learning_rate)
     return train_plan(subject, judge, Plan(layers={}), recipe)
 
 
