@@ -20,6 +20,8 @@ SIGNALS = {"predicted_loss": "predicted loss", "quick_drop": "drop before traini
 # Plans whose latencies differ by no more than this are alike: over a whole front any two figures agree in order.
 LATENCY_BAND = 0.05
 MIN_PAIRS = 20
+# As pairs these are half a million.
+MOST_JUDGED = 1000
 MIN_AGREEMENT = 0.5
 # So many trials of no smaller a figure must show how small a drop can come of it.
 MIN_WITNESSES = 5
@@ -62,7 +64,8 @@ def rank_agreement(signals: Floats, drops: Floats, latencies: Floats, band: floa
 
 
 def agreements(trained: Sequence[Evaluation]) -> list[Agreement]:
-    """Each rung's agreement with the fine-tuned drops of these evaluations."""
+    """Each rung's agreement with the fine-tuned drops of these evaluations, the latest thousand."""
+    trained = trained[-MOST_JUDGED:]
     return [_agreement(signal, _judged(signal, trained)) for signal in SIGNALS]
 
 

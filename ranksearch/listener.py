@@ -19,6 +19,7 @@ from ranksearch.optimization import (
     near_ties,
     trained_evaluations,
 )
+from ranksearch.pace import Pace
 from ranksearch.plan import Plan
 from ranksearch.recovery import Step
 from ranksearch.reports import StudyFacts, study_page
@@ -26,6 +27,7 @@ from ranksearch.results import (
     Row,
     further_drops,
     gapped_trials,
+    new_row,
     study_hypervolume,
     trial_rows,
     unfinished_trials,
@@ -101,6 +103,7 @@ class Listener:
     history: list[TrialRecord]
     controls: list[Row] = field(default_factory=list)
     log_weights: LogWeights = "none"
+    pace: Pace = field(default_factory=Pace)
 
     def trial_started(self, number: int, plan: Plan, origin: str) -> str | None:
         self.told.trial_started(number, plan, origin)
@@ -120,6 +123,16 @@ class Listener:
 
     def trial_finished(self, record: TrialRecord) -> None:
         self._remember(record)
+        if self.pace.due():
+            with self.pace.working():
+                row = self._front_grown(record)
+        else:
+            row = new_row(record, self.limits)
+            self._track(record, row)
+        self.told.trial_ended(record, row)
+
+    def _front_grown(self, record: TrialRecord) -> Row:
+        """Writes how the front stands with this trial, and keeps the weights within their limit; gives its row."""
         rows = self.rows()
         row = next(row for row in rows if row["trial"] == record.number)
         self._track(record, row)
@@ -132,7 +145,7 @@ class Listener:
             WEIGHTS_MAX_BYTES,
             {r.plan_hash for r in self.history if r.number in front or r.control},
         )
-        self.told.trial_ended(record, row)
+        return row
 
     def trial_seen(self, record: TrialRecord) -> None:
         """Another's trial, which that one writes to MLflow."""

@@ -1,5 +1,7 @@
 """Pareto arithmetic on arrays of losses: every column is minimised, every row is a point."""
 
+from bisect import bisect_left
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,36 +29,46 @@ def non_dominated(losses: Losses) -> NDArray[np.bool_]:
     return keep
 
 
-def hypervolume(losses: Losses, reference: tuple[float, ...] = REFERENCE_POINT) -> float:
+def hypervolume(losses: Losses, reference: tuple[float, float, float] = REFERENCE_POINT) -> float:
     """The volume that the points dominate below `reference`; 0.0 where no point lies below it.
 
-    `losses` is (n_points, n_objectives). Slices along the last objective and recurses, which is quick
-    for the three objectives and few hundred points of a study.
+    `losses` is (n_points, 3). A plane sweeps along the third objective, over the steps of the points that it has
+    passed (Beume et al., "On the complexity of computing the hypervolume indicator", 2009).
     """
     corner = np.asarray(reference, dtype=np.float64)
     points = np.asarray(losses, dtype=np.float64).reshape(-1, len(corner))
     points = points[(points < corner).all(axis=1)]
     points = points[non_dominated(points)]
-    if len(points) == 0:
-        return 0.0
-    if len(corner) == 1:
-        return float(corner[0] - points.min())
-    if len(corner) == 2:
-        return _area(points, corner)
-    points = points[np.argsort(points[:, -1], kind="stable")]
-    depths = np.diff(np.append(points[:, -1], corner[-1]))
-    return float(
-        sum(
-            depth * hypervolume(points[: i + 1, :-1], tuple(corner[:-1])) for i, depth in enumerate(depths) if depth > 0
-        )
-    )
+    points = points[np.argsort(points[:, 2], kind="stable")]
+    depths = np.diff(np.append(points[:, 2], corner[2]))
+    steps = _Steps(float(corner[0]), float(corner[1]))
+    volume = 0.0
+    for (x, y, _), depth in zip(points.tolist(), depths.tolist(), strict=True):
+        steps.add(x, y)
+        volume += depth * steps.area
+    return volume
 
 
-def _area(front: Losses, corner: NDArray[np.float64]) -> float:
-    """The area that a front of two objectives dominates below the corner."""
-    steps = front[np.argsort(front[:, 0])]
-    heights = np.append(corner[1], steps[:-1, 1]) - steps[:, 1]
-    return float(((corner[0] - steps[:, 0]) * heights).sum())
+class _Steps:
+    """The area below a corner that points of two objectives dominate; by x, their y fall."""
+
+    def __init__(self, corner_x: float, corner_y: float) -> None:
+        self._corner_x, self._corner_y = corner_x, corner_y
+        self._xs: list[float] = []
+        self._ys: list[float] = []
+        self.area = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """Adds a point that no other dominates, in place of those that it dominates."""
+        first = last = bisect_left(self._xs, x)
+        left, above = x, self._ys[first - 1] if first else self._corner_y
+        while last < len(self._xs) and self._ys[last] >= y:
+            self.area += (self._xs[last] - left) * (above - y)
+            left, above = self._xs[last], self._ys[last]
+            last += 1
+        right = self._xs[last] if last < len(self._xs) else self._corner_x
+        self.area += (right - left) * (above - y)
+        self._xs[first:last], self._ys[first:last] = [x], [y]
 
 
 def knee(losses: Losses) -> int:

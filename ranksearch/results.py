@@ -86,6 +86,13 @@ def evaluation_row(evaluation: Evaluation, limits: ResolvedLimits) -> Row:
     return judged(row, limits) | {"pareto": False, "summary": summary(evaluation.plan.summary(), row)}
 
 
+def new_row(record: TrialRecord, limits: ResolvedLimits) -> Row:
+    """The row of a trial that has just measured, before it is known what the other trials make of it."""
+    assert record.evaluation is not None, "a trial that measured has an evaluation"
+    trial = {"trial": record.number, "run_id": record.run_id, "origin": record.origin, "estimated_drop": None}
+    return evaluation_row(record.evaluation, limits) | trial
+
+
 def judged(row: Row, limits: ResolvedLimits) -> Row:
     """The row with its feasibility under these limits, by its present figures."""
     bounds = limits.to_json()

@@ -36,6 +36,7 @@ from ranksearch.optimization import (
     publish,
     read_records,
 )
+from ranksearch.pace import Paced
 from ranksearch.plan import Plan
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process, remeasure_plans, unmeasured
 from ranksearch.results import Row, evaluation_row, resolve_goals
@@ -274,11 +275,11 @@ def _run_trials(
             deadline=request.deadline,
             clock=time.monotonic,
             callbacks=listener,
-            stop_rule=listener.stop_rule,
+            stop_rule=Paced(listener.stop_rule),
             should_stop=request.should_stop,
             drop_unit=drop_unit(session.dense_accuracy),
             weight_errors=lambda: measure_weights(bench.source, session.factorisations, session.profile),
-            seconds_to_end=lambda: _seconds_to_measure_again(listener, bench.data, request.opening_s),
+            seconds_to_end=Paced(lambda: _seconds_to_measure_again(listener, bench.data, request.opening_s)),
         )
 
 

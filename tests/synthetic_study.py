@@ -13,6 +13,7 @@ from ranksearch.executors import InlineExecutor
 from ranksearch.export import PLAN, RUNTIME
 from ranksearch.home import StudyHome, write_json
 from ranksearch.optimization import ResolvedLimits, TrialRecord, open_study, optimise
+from ranksearch.optimization.journal import Journal
 from ranksearch.optimization.weight_errors import WeightErrors
 from ranksearch.plan import DENSE, LayerChoice, Plan, Provenance
 from ranksearch.spec import OBJECTIVES
@@ -181,7 +182,14 @@ def _main(home: str, sampler_name: str, kill_at_write: int, kill_at_trial: int) 
         count("trials", kill_at_trial)
         return measured(plan)
 
-    os.fsync = lambda _file: count("writes", kill_at_write)
+    append = Journal.append_logs
+
+    def append_and_count(journal: Journal, logs: list[Any]) -> None:
+        append(journal, logs)
+        count("writes", kill_at_write)
+
+    Journal.append_logs = append_and_count
+    os.fsync = lambda _file: None
     with opened(Path(home)) as study:
         search(study, profile, evaluate, sampler_name=sampler_name)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,38 @@ def test_half_a_line_at_the_end_of_the_journal_is_mended(tmp_path: Path) -> None
         assert read_records(study) == before
         search(study, PROFILE, n_trials=4)
         assert sum(record.counted for record in read_records(study)) == 4
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    with opened(tmp_path) as study:
+        search(study, PROFILE, n_trials=2)
+        before, journal = read_records(study), tmp_path / "journal.log"
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # The system refuses what is beyond, as a full disk does, in the middle of a line.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 1000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="large|space"):
+                search(study, PROFILE, n_trials=4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert journal.read_bytes().endswith(b"\n")
+    with opened(tmp_path) as study:
+        search(study, PROFILE, n_trials=4)
+        records = read_records(study)
+    assert records[: len(before)] == before
+    assert sum(record.counted for record in records) == 4
+
+
+def test_what_was_told_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, lasting = tmp_path / "journal.log", []
+    monkeypatch.setattr(os, "fsync", lambda _file: lasting.append(journal.stat().st_size))
+    with opened(tmp_path) as study:
+        search(study, PROFILE, n_trials=3)
+        told = [line for line in journal.read_text().splitlines() if '"op_code":6' in line]
+    ends = [journal.read_text().index(line) + len(line) + 1 for line in told]
+    assert len(told) >= 3
+    assert set(ends) <= set(lasting)
+    assert len(lasting) < len(journal.read_text().splitlines()), "what a running trial gathers waits for its end"
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:

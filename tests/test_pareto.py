@@ -37,13 +37,9 @@ def test_non_dominated_is_its_definition(losses: np.ndarray) -> None:
         assert keep[i] == (not beaten and not repeated)
 
 
-@pytest.mark.parametrize("n_objectives", [1, 2, 3, 4])
-def test_hypervolume_counts_cells(n_objectives: int) -> None:
-    @given(points(n_objectives))
-    def check(losses: np.ndarray) -> None:
-        assert hypervolume(losses, (4.0,) * n_objectives) == pytest.approx(counted_volume(losses, 4))
-
-    check()
+@given(points(3))
+def test_hypervolume_counts_cells(losses: np.ndarray) -> None:
+    assert hypervolume(losses, (4.0, 4.0, 4.0)) == pytest.approx(counted_volume(losses, 4))
 
 
 def test_hypervolume_of_known_fronts() -> None:

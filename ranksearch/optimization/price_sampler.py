@@ -117,7 +117,8 @@ class PriceSampler(BaseSampler):
         fitted = DropModel.fit(self._losses, known.observed.last(N_LEARNED_FROM))
         latency = self._profile.latency_model
         if "latency" in self._objectives:
-            sums, measured = self._table.latency_ratios(known.plans), known.values[:, self._objectives.index("latency")]
+            sums = self._table.latency_ratios(known.plans[-N_LEARNED_FROM:])
+            measured = known.values[-N_LEARNED_FROM:, self._objectives.index("latency")]
             latency = latency.with_measured(sums.tolist(), measured.tolist())
         return Outlook(
             fitted=fitted,

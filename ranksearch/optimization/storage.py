@@ -15,17 +15,15 @@ from typing import IO
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from ranksearch.errors import StudyError
 from ranksearch.masking import cause, masked
 from ranksearch.optimization.coordination import LEASE_S, RENEW_EVERY_S
-from ranksearch.reading import check_lines, check_own_file
+from ranksearch.optimization.journal import JOURNAL, mend_journal, open_journal
 
-JOURNAL = "journal.log"
 LOCK = "coordinator.lock"
 N_ATTEMPTS = 5
 
@@ -109,24 +107,6 @@ def reading_storage(storage: str | Path | BaseStorage) -> BaseStorage:
     return _open(storage)
 
 
-def mend_journal(journal: Path) -> None:
-    """Removes what a killed process left behind: half a last line, and Optuna's lock on the file.
-
-    Only for the coordinator: nobody else may be writing.
-    """
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if not journal.is_file():
-        return
-    with journal.open("rb+") as file:
-        keep = _complete_bytes(file.read())
-        file.truncate(keep)
-
-
-def _complete_bytes(content: bytes) -> int:
-    """How many bytes of the journal are whole lines."""
-    return content.rfind(b"\n") + 1
-
-
 def _sqlite_file(storage: Storage) -> Path | None:
     """The file of an SQLite storage, whose folder is there."""
     if not isinstance(storage, str) or not storage.startswith("sqlite"):
@@ -158,7 +138,7 @@ def _open(storage: Storage) -> BaseStorage:
     if isinstance(storage, BaseStorage):
         return storage
     if not _is_url(storage):
-        return _open_journal(Path(storage) / JOURNAL)
+        return open_journal(Path(storage) / JOURNAL)
     try:
         return _open_database(str(storage))
     except Exception as error:
@@ -180,17 +160,3 @@ def _open_database(url: str) -> BaseStorage:
                 raise
             time.sleep(1)
     raise AssertionError("the last attempt returns or raises")
-
-
-def _open_journal(journal: Path) -> BaseStorage:
-    try:
-        check_own_file(journal)
-        if journal.exists():
-            check_lines(journal)
-        return JournalStorage(JournalFileBackend(str(journal)))
-    except Exception as error:
-        # Optuna replays whatever the lines say: what is wrong with one comes up anywhere.
-        raise StudyError(
-            f"the journal {journal} is damaged: {type(error).__name__}: {error}; "
-            "restore it, or start over in another --home"
-        ) from error

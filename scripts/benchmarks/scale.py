@@ -22,6 +22,7 @@ from ranksearch.evaluation import Evaluation
 from ranksearch.executors import InlineExecutor, Job, Setting, open_executor
 from ranksearch.home import StudyHome
 from ranksearch.optimization import ResolvedLimits, open_study, optimise
+from ranksearch.pace import Paced
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.spec import OBJECTIVES, load_study
 from ranksearch.workbench import open_workbench
@@ -101,7 +102,7 @@ def coordinator(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
             optimise(
                 study, profile, InlineExecutor(evaluate), objectives=OBJECTIVES, limits=listener.limits, controls=[],
                 sampler_name="price", seed=0, n_trials=n_trials, deadline=None, clock=time.monotonic,
-                callbacks=listener, stop_rule=listener.stop_rule, should_stop=lambda: False,
+                callbacks=listener, stop_rule=Paced(listener.stop_rule), should_stop=lambda: False,
             )  # fmt: skip
             rate = n_trials / (time.monotonic() - started)
             listener.finish("FINISHED")
