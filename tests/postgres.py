@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,15 @@ USER = "ranksearch"
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Callable[[], str]]:
     """Gives the URL of a new, empty database with each call."""
-    initdb = _initdb()
-    if initdb is None:
-        pytest.skip("PostgreSQL is not installed")
-    psycopg2 = pytest.importorskip("psycopg2")
-    with _server(initdb, psycopg2) as (port, password):
-        login = {"host": HOST, "port": port, "user": USER, "password": password}
+    with _server() as server:
+        yield server.new_database
 
-        def new_database() -> str:
-            name = f"test_{secrets.token_hex(4)}"
-            connection = psycopg2.connect(dbname="postgres", **login)
-            # PostgreSQL makes no database within a transaction.
-            connection.autocommit = True
-            connection.cursor().execute(f"create database {name}")
-            connection.close()
-            return f"postgresql+psycopg2://{USER}:{password}@{HOST}:{port}/{name}"
 
-        yield new_database
+@pytest.fixture
+def postgres_server() -> Iterator["Server"]:
+    """A server of the test's own, which it may stop and start."""
+    with _server() as server:
+        yield server
 
 
 def _initdb() -> Path | None:
@@ -52,8 +44,12 @@ def _initdb() -> Path | None:
 
 
 @contextmanager
-def _server(initdb: Path, psycopg2: Any) -> Iterator[tuple[int, str]]:
-    """Port and password of a server that is ready."""
+def _server() -> Iterator["Server"]:
+    """A server that is ready."""
+    initdb = _initdb()
+    if initdb is None:
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg2")
     password, port = secrets.token_hex(16), free_port(0)
     # Not pytest's own folder, which is closed to the user that PostgreSQL runs as in place of root.
     with tempfile.TemporaryDirectory(prefix="postgres-", dir="/tmp") as folder:
@@ -64,19 +60,46 @@ def _server(initdb: Path, psycopg2: Any) -> Iterator[tuple[int, str]]:
         subprocess.run([initdb, "-D", data, "-N", *login], check=True, capture_output=True, **options)
         settings = {"listen_addresses": HOST, "port": port, "unix_socket_directories": "", "fsync": "off"}
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        with log.open("wb") as output:
-            command = [initdb.with_name("postgres"), "-D", data, *words]
-            server = subprocess.Popen(command, stdout=output, stderr=output, **options)
+        server = Server(log, [initdb.with_name("postgres"), "-D", data, *words], options, port, password)
+        server.start()
         try:
-            give_up = time.monotonic() + 60
-            while not _answers(psycopg2, port, password):
-                assert server.poll() is None and time.monotonic() < give_up, log.read_text()
-                time.sleep(0.1)
-            yield port, password
+            yield server
         finally:
-            # Its "fast shutdown", which does not wait for connections.
-            server.send_signal(signal.SIGINT)
-            server.wait(timeout=30)
+            server.stop()
+
+
+class Server:
+    """A server that can be away for a while."""
+
+    def __init__(self, log: Path, command: Sequence[str | Path], options: dict[str, Any], port: int, password: str):
+        self.port, self.password = port, password
+        self._log, self._command, self._options = log, command, options
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(self._command, stdout=output, stderr=output, **self._options)
+        give_up = time.monotonic() + 60
+        while not _answers(self.port, self.password):
+            assert self._process.poll() is None and time.monotonic() < give_up, self._log.read_text()
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Its "fast shutdown", which does not wait for connections."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(timeout=30)
+
+    def new_database(self) -> str:
+        """The URL of a new, empty database."""
+        import psycopg2
+
+        name = f"test_{secrets.token_hex(4)}"
+        connection = psycopg2.connect(dbname="postgres", host=HOST, port=self.port, user=USER, password=self.password)
+        # PostgreSQL makes no database within a transaction.
+        connection.autocommit = True
+        connection.cursor().execute(f"create database {name}")
+        connection.close()
+        return f"postgresql+psycopg2://{USER}:{self.password}@{HOST}:{self.port}/{name}"
 
 
 def _as_another_than_root(*owned: Path) -> dict[str, Any]:
@@ -90,7 +113,9 @@ def _as_another_than_root(*owned: Path) -> dict[str, Any]:
     return {"cwd": owned[0], "user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
-def _answers(psycopg2: Any, port: int, password: str) -> bool:
+def _answers(port: int, password: str) -> bool:
+    import psycopg2
+
     try:
         psycopg2.connect(dbname="postgres", host=HOST, port=port, user=USER, password=password).close()
     except psycopg2.OperationalError:

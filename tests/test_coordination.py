@@ -13,6 +13,7 @@ import sqlalchemy
 from command_line import Commands, write_study
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
+from postgres import Server
 from synthetic_study import NO_LIMITS, Told, evaluate_as_predicted, make_profile, opened, search
 
 from ranksearch.errors import StudyError
@@ -95,6 +96,48 @@ def test_a_trial_is_taken_over_only_once_its_lease_has_expired(postgres: NewData
     assert lost.number == trial.number and lost.queued_again and lost.reason == "the process ended during this trial"
     assert plan.hash() in {record.plan_hash for record in late.finished}
     assert sum(record.plan_hash == plan.hash() and record.state == "complete" for record in found) == 1
+    assert sum(record.counted for record in found) == 8
+
+
+def test_a_server_that_is_away_for_a_while_costs_no_trial(
+    postgres_server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluated: list[str] = []
+
+    def evaluate(plan: Plan) -> Evaluation:
+        evaluated.append(plan.hash())
+        if len(evaluated) == 5:
+            postgres_server.stop()
+            threading.Timer(2.0, postgres_server.start).start()
+        return MEASURED(plan)
+
+    with opened(postgres_server.new_database(), home=tmp_path) as study:
+        told = search(study, PROFILE, evaluate, n_trials=8)
+        found = read_records(study)
+    assert "does not answer, and is waited for" in caplog.text and postgres_server.password not in caplog.text
+    assert not told.failed
+    assert len(evaluated) == len(set(evaluated)) == sum(record.state == "complete" for record in found)
+    assert sum(record.counted for record in found) == 8
+
+
+def test_a_trial_whose_lease_expired_meanwhile_is_run_again(postgres: NewDatabase, tmp_path: Path) -> None:
+    url, evaluated = postgres(), list[str]()
+    with opened(url, home=tmp_path / "slow") as study, opened(url, home=tmp_path / "other") as theirs:
+
+        def evaluate(plan: Plan) -> Evaluation:
+            evaluated.append(plan.hash())
+            if len(evaluated) == 5:
+                expire(theirs)
+                with coordinating(theirs) as elsewhere:
+                    elsewhere.reclaim()
+            return MEASURED(plan)
+
+        told = search(study, PROFILE, evaluate, n_trials=8)
+        found = read_records(study)
+    (lost,) = told.failed
+    assert lost.plan_hash == evaluated[4] and lost.queued_again
+    assert evaluated.count(lost.plan_hash) == 2
+    assert sum(record.state == "complete" and record.plan_hash == lost.plan_hash for record in found) == 1
     assert sum(record.counted for record in found) == 8
 
 

@@ -25,7 +25,17 @@ from ranksearch.optimization.seeds import (
     next_seed,
 )
 from ranksearch.optimization.space import n_plans, to_params
-from ranksearch.optimization.trials import Asked, Callbacks, Search, ask_next, interrupt, settle, start, tell_duplicate
+from ranksearch.optimization.trials import (
+    INTERRUPTED,
+    Asked,
+    Callbacks,
+    Search,
+    ask_next,
+    interrupt,
+    settle,
+    start,
+    tell_duplicate,
+)
 from ranksearch.optimization.weight_errors import WeightErrors, no_weight_errors
 from ranksearch.pareto import REFERENCE_POINT
 from ranksearch.plan import Plan
@@ -194,7 +204,7 @@ class _Loop:
             told = interrupt if record.queued_again else partial(tell_duplicate, known=record)
             self.search.history.add(told(self.search, other.trial))
         if record.queued_again:
-            if not self.search.should_stop():
+            if record.reason == INTERRUPTED and not self.search.should_stop():
                 raise KeyboardInterrupt
             return
         self._n_failures = self._n_failures + 1 if record.state == "failed" else 0

@@ -4,6 +4,7 @@ One coordinator at a time has a home, and a file of SQLite; a study on PostgreSQ
 """
 
 import fcntl
+import logging
 import os
 import time
 import warnings
@@ -11,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import optuna
+import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy.engine import make_url
@@ -26,6 +28,10 @@ from ranksearch.optimization.journal import JOURNAL, mend_journal, open_journal
 
 LOCK = "coordinator.lock"
 N_ATTEMPTS = 5
+# How long a server is waited for that was there, and how often it is asked.
+PATIENCE_S, ASK_EVERY_S = 1800.0, 1.0
+
+logger = logging.getLogger(__name__)
 
 Storage = str | Path | BaseStorage | None
 
@@ -107,6 +113,23 @@ def reading_storage(storage: str | Path | BaseStorage) -> BaseStorage:
     return _open(storage)
 
 
+def _connect(dialect: Any, _record: Any, arguments: Any, parameters: Any) -> Any:
+    """A connection; a server that is away for a while is waited for, since trials wait to be told."""
+    give_up = time.monotonic() + PATIENCE_S
+    warned = False
+    while True:
+        try:
+            return dialect.connect(*arguments, **parameters)
+        except dialect.loaded_dbapi.OperationalError as error:
+            if time.monotonic() >= give_up:
+                raise
+            if not warned:
+                text = "the Optuna storage does not answer, and is waited for, at most %.0f min: %s"
+                logger.warning(text, PATIENCE_S / 60, masked(str(error).strip()))
+            warned = True
+            time.sleep(ASK_EVERY_S)
+
+
 def _sqlite_file(storage: Storage) -> Path | None:
     """The file of an SQLite storage, whose folder is there."""
     if not isinstance(storage, str) or not storage.startswith("sqlite"):
@@ -153,7 +176,13 @@ def _open_database(url: str) -> BaseStorage:
         renewed = RENEW_EVERY_S if url.startswith("postgresql") else None
         try:
             with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-                return RDBStorage(url, heartbeat_interval=renewed, grace_period=LEASE_S if renewed else None)
+                found = RDBStorage(
+                    url, heartbeat_interval=renewed, grace_period=LEASE_S if renewed else None,
+                    # Asked before each use whether it still answers.
+                    engine_kwargs={"pool_pre_ping": True},
+                )  # fmt: skip
+            sqlalchemy.event.listen(found.engine, "do_connect", _connect)
+            return found
         except (IntegrityError, ProgrammingError):
             # Another process is making the tables of a new database at this moment.
             if attempt == N_ATTEMPTS:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -132,7 +133,17 @@ def start(search: Search, asked: Asked) -> None:
 
 
 def settle(search: Search, trial: Trial, outcome: Outcome) -> TrialRecord:
-    """Tells what came of the trial's evaluation."""
+    """Tells what came of the trial's evaluation, unless its lease expired and another queued its plan again."""
+    try:
+        return _settled(search, trial, outcome)
+    except UpdateFinishedTrialError:
+        search.coordination.ended(trial.number)
+        record = record_of(_stored(search, trial), queued_again=True)
+        search.callbacks.trial_failed(record)
+        return record
+
+
+def _settled(search: Search, trial: Trial, outcome: Outcome) -> TrialRecord:
     # What fails once a run shall stop may fail because of that.
     if outcome.interrupted or (outcome.reason is not None and search.should_stop()):
         return interrupt(search, trial)

@@ -10,18 +10,24 @@ import argparse
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from common import Answer, ask, options, scratch
+from optuna.trial import FrozenTrial, create_trial
 from overhead_logging import listener_of, record_of_plan
+from search_asking import deep_profile
 from small_study import import_all, start, write_script
 
+from ranksearch.candidates import Profile
 from ranksearch.evaluation import Evaluation
 from ranksearch.executors import InlineExecutor, Job, Setting, open_executor
 from ranksearch.home import StudyHome
-from ranksearch.optimization import ResolvedLimits, open_study, optimise
+from ranksearch.optimization import ResolvedLimits, open_study, optimise, read_records
+from ranksearch.optimization.history_reader import sampler_attributes
+from ranksearch.optimization.records import objective_values
+from ranksearch.optimization.space import distributions, settled, to_params
 from ranksearch.pace import Paced
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.spec import OBJECTIVES, load_study
@@ -83,13 +89,31 @@ def _have_done(executor: object, jobs: list[Job]) -> None:
 
 def coordinator(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """Trials per second where an evaluation takes no time: the sampler, the journal, the front and MLflow's thread."""
-    from search_asking import deep_profile
+    n_trials = 60 if arguments.quick else 300
+    rate = _coordinated(n_earlier=0, n_trials=n_trials)
+    return {
+        "trials_per_s": rate, "target": 5.0, "holds": rate >= 5.0,
+        "scope": f"{n_trials} trials of {N_LAYERS} layers on a journal, PriceSampler, MLflow on SQLite",
+    }, [f"{rate:.1f} trials per second"]  # fmt: skip
 
-    n_trials, profile = 60 if arguments.quick else 300, deep_profile(N_LAYERS)
-    noise = np.random.default_rng(0)
 
-    def evaluate(job: Job) -> Evaluation:
-        evaluation = record_of_plan(profile, job.number, job.plan, float(noise.normal(0, 0.002))).evaluation
+def late(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
+    """The same of a study that has many trials already; not judged."""
+    n_earlier, n_trials = (500, 20) if arguments.quick else (10_000, 100)
+    rate = _coordinated(n_earlier, n_trials)
+    return {
+        "trials_per_s": rate, "holds": True,
+        "scope": f"{n_trials} trials after {n_earlier:,} earlier ones, {N_LAYERS} layers, a journal, MLflow on SQLite, "
+        "which has but the later ones",
+    }, [f"{rate:.1f} trials per second after {n_earlier:,} trials"]  # fmt: skip
+
+
+def _coordinated(n_earlier: int, n_trials: int) -> float:
+    """Trials per second of the coordinator alone."""
+    profile, noise = deep_profile(N_LAYERS), np.random.default_rng(0)
+
+    def evaluate(plan: Plan) -> Evaluation:
+        evaluation = record_of_plan(profile, 0, plan, float(noise.normal(0, 0.002))).evaluation
         assert evaluation is not None
         return evaluation
 
@@ -98,18 +122,35 @@ def coordinator(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
         with open_study(
             listener.home.directory, "deep", objectives=OBJECTIVES, identity={}, limits=ResolvedLimits(max_drop=0.02)
         ) as study:
+            study.add_trials(_earlier(profile, evaluate, n_earlier))
+            listener.history[:] = read_records(study)
             started = time.monotonic()
+            executor = InlineExecutor(lambda job: evaluate(job.plan))
             optimise(
-                study, profile, InlineExecutor(evaluate), objectives=OBJECTIVES, limits=listener.limits, controls=[],
-                sampler_name="price", seed=0, n_trials=n_trials, deadline=None, clock=time.monotonic,
+                study, profile, executor, objectives=OBJECTIVES, limits=listener.limits, controls=[],
+                sampler_name="price", seed=0, n_trials=n_earlier + n_trials, deadline=None, clock=time.monotonic,
                 callbacks=listener, stop_rule=Paced(listener.stop_rule), should_stop=lambda: False,
             )  # fmt: skip
             rate = n_trials / (time.monotonic() - started)
             listener.finish("FINISHED")
-    return {
-        "trials_per_s": rate, "target": 5.0, "holds": rate >= 5.0,
-        "scope": f"{n_trials} trials of {N_LAYERS} layers on a journal, PriceSampler, MLflow on SQLite",
-    }, [f"{rate:.1f} trials per second"]  # fmt: skip
+    return rate
+
+
+def _earlier(profile: Profile, evaluate: Callable[[Plan], Evaluation], n: int) -> Iterator[FrozenTrial]:
+    """Trials as a study tells them, from plans that hardly change the model to such as ruin it."""
+    rng = np.random.default_rng(1)
+    sizes = np.array([len(layer.candidates) for layer in profile.layers])
+    for _ in range(n):
+        indices = settled(profile, [int(i) for i in rng.random(len(sizes)) ** rng.uniform(0.1, 2.0) * sizes])
+        evaluation = evaluate(profile.plan(indices))
+        told = {
+            "plan": evaluation.plan.model_dump_json(by_alias=True), "origin": "price", "seconds": 1.0,
+            "evaluation": evaluation.model_dump_json(by_alias=True), **sampler_attributes(evaluation),
+        }  # fmt: skip
+        yield create_trial(
+            params=to_params(profile, indices), distributions=distributions(profile),
+            values=objective_values(evaluation, OBJECTIVES), user_attrs=told,
+        )  # fmt: skip
 
 
 def memory(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
@@ -137,7 +178,7 @@ def _sizes(pid: int, log: Path) -> Iterator[tuple[int, int]]:
         time.sleep(0.05)
 
 
-QUESTIONS = {"workers": workers, "coordinator": coordinator, "memory": memory}
+QUESTIONS = {"workers": workers, "coordinator": coordinator, "late": late, "memory": memory}
 
 if __name__ == "__main__":
     main()
