@@ -21,7 +21,7 @@ from ranksearch.latency import Latency, compare_all, timed_call
 from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
 from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
-from ranksearch.recovery import Step
+from ranksearch.recovery import Step, seeded
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
 from ranksearch.scoring import Scores, same_twice, score_kind, score_model
 from ranksearch.spec import Batches, Data, StudySpec, tied_layers
@@ -151,9 +151,11 @@ def open_workbench(
         runtime = get_runtime(spec.target.runtime)
         runtime.check(spec.target)
     _check_decompositions(spec)
-    model = copy.deepcopy(_given(spec, "model", spec.model(), nn.Module)).eval()
-    data = _given(spec, "data", spec.data(), Data)
-    calibration = _take_calibration(spec, data)
+    # What draws random numbers draws the same ones in every process: a resume's, and a worker's.
+    with seeded(spec.seed, torch.device("cpu")):
+        model = copy.deepcopy(_given(spec, "model", spec.model(), nn.Module)).eval()
+        data = _given(spec, "data", spec.data(), Data)
+        calibration = _take_calibration(spec, data)
     _check_dense(model, spec, calibration[0])
     if data.tiebreak is not None and score_kind(spec.score) == "model":
         raise StudyError(

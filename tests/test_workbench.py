@@ -43,6 +43,19 @@ def test_the_users_model_keeps_its_mode(model: nn.Sequential, parts: dict[str, P
         model.eval()
 
 
+def test_what_draws_random_numbers_draws_the_same_every_time(opened: Open, parts: dict[str, Pairs]) -> None:
+    def data() -> Data:
+        rows, labels = parts["train"][0]
+        order = torch.randperm(len(rows))
+        return Data(calibration=[(rows[order], labels[order]), *parts["train"][1:]], validation=parts["validation"])
+
+    torch.manual_seed(7)
+    first, between, second = opened(data=data), torch.rand(1), opened(data=data)
+    torch.manual_seed(7)
+    assert torch.equal(first.calibration[0][0], second.calibration[0][0])
+    assert torch.equal(between, torch.rand(1)), "nobody else's random numbers are touched"
+
+
 def test_a_score_that_reads_its_own_data_has_no_use_for_a_tie_break(opened: Open, bench: Workbench) -> None:
     data = replace(bench.data, tiebreak=bench.data.test)
     assert opened(data=lambda: data).data.tiebreak is bench.data.test

@@ -181,7 +181,8 @@ def _open_database(url: str) -> BaseStorage:
                     # Asked before each use whether it still answers.
                     engine_kwargs={"pool_pre_ping": True},
                 )  # fmt: skip
-            sqlalchemy.event.listen(found.engine, "do_connect", _connect)
+            if found.engine.dialect.name != "sqlite":
+                sqlalchemy.event.listen(found.engine, "do_connect", _connect)
             return found
         except (IntegrityError, ProgrammingError):
             # Another process is making the tables of a new database at this moment.
