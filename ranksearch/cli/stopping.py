@@ -11,7 +11,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @final
 class StopSignals:
-    """Within `with`, the first signal asks the run to stop; a second one, or the end of `grace_s`, ends its trial."""
+    """Within `with`, the first signal asks the run to stop; a second one, or the end of `grace_s`, ends its trial.
+
+    A third one waits for nothing more, MLflow included, which is told when the study is run again.
+    """
 
     def __init__(self, grace_s: float) -> None:
         self._grace_s = grace_s
@@ -35,6 +38,8 @@ class StopSignals:
         return self._first is not None and (self._again or time.monotonic() - self._first > self._grace_s)
 
     def _receive(self, _number: int, _frame: FrameType | None) -> None:
+        if self._again:
+            raise KeyboardInterrupt
         if self._first is not None:
             self._again = True
             return

@@ -8,6 +8,7 @@ import argparse
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ def _one_study(base: Path, n_kills: int, found: Found, rng: random.Random) -> No
     found.repeated += len(hashes) - len(set(hashes))
     found.unequal += sum(record.counted for record in records.values()) != N_TRIALS
     found.studies += 1
+    print(found, file=sys.stderr, flush=True)
 
 
 def _kill(pid: int, found: Found, rng: random.Random) -> None:
