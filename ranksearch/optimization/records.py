@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.pareto import non_dominated
-from ranksearch.plan import Plan
+from ranksearch.plan import LayerChoice, Plan
 from ranksearch.reading import shown
 from ranksearch.spec import Objective
 
@@ -30,6 +30,9 @@ DIED = "the process ended during this trial"
 _Figure = Annotated[float, Field(ge=-1e30, le=1e30)]
 _Positive = Annotated[float, Field(gt=0, le=1e30)]
 _Count = Annotated[int, Field(ge=0, le=2**62)]
+
+# The one of each kind that plans share.
+_CHOICES: dict[LayerChoice, LayerChoice] = {}
 
 
 class _Attributes(BaseModel):
@@ -117,12 +120,14 @@ def record_of(trial: FrozenTrial, queued_again: bool = False) -> TrialRecord:
     """The trial as a value. Raises StudyError where its attributes cannot be read."""
     try:
         attributes = _Attributes.model_validate(trial.user_attrs)
+        plan = _light(Plan.from_json(attributes.plan, source=f"trial {trial.number}"))
         evaluation = None if attributes.evaluation is None else _sound(attributes.evaluation)
-        plan = Plan.from_json(attributes.plan, source=f"trial {trial.number}")
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise StudyError(f"trial {trial.number} is damaged: {shown(place)}: {problem['msg']}") from None
+    if evaluation is not None and evaluation.plan == plan:
+        evaluation = evaluation.model_copy(update={"plan": plan})
     return TrialRecord(
         number=trial.number,
         state=STATES[trial.state],
@@ -211,6 +216,11 @@ class History:
         ran = [r for r in self.records if r.seconds is not None and not r.queued_again]
         timed = [r.seconds for r in ran if r.state == "complete"] or [r.seconds for r in ran]
         return float(np.mean([s for s in timed if s is not None])) if timed else 0.0
+
+
+def _light(plan: Plan) -> Plan:
+    """The plan, its choices those of other trials' plans: a study of many trials has but few different ones."""
+    return plan.model_copy(update={"layers": {name: _CHOICES.setdefault(c, c) for name, c in plan.layers.items()}})
 
 
 def _sound(text: str) -> Evaluation:
