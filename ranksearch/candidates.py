@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Annotated, Self
 
 import numpy as np
@@ -57,14 +56,10 @@ class LayerProfile(BaseModel):
 
     def index(self, choice: LayerChoice) -> int:
         """Where `choice` stands among the candidates. Raises StudyError where it does not."""
-        if choice not in self._places:
-            raise StudyError(f"layer {self.name!r}: {choice.label} is not among its candidates")
-        return self._places[choice]
-
-    @cached_property
-    def _places(self) -> dict[LayerChoice, int]:
-        """Where each choice stands first."""
-        return {candidate.choice: i for i, candidate in reversed([*enumerate(self.candidates)])}
+        for i, candidate in enumerate(self.candidates):
+            if candidate.choice == choice:
+                return i
+        raise StudyError(f"layer {self.name!r}: {choice.label} is not among its candidates")
 
     def by_rounding(self) -> dict[str, tuple[int, ...]]:
         """The candidates by their bits and how these are rounded."""
