@@ -169,7 +169,7 @@ def print_front(rows: Sequence[Row], title: str) -> None:
     )
     if "plan" not in shown:
         for row in ordered:
-            say(f"trial {_number(row)}: {_plan(row)}")
+            _print_text(f"trial {_number(row)}: {_plan(row)}")
 
 
 def print_gaps(gapped: Sequence[int]) -> None:
