@@ -90,10 +90,11 @@ def test_a_front_has_whole_figures_on_every_screen(printed: Any, width: int) -> 
     assert "…" not in text and max(map(cell_len, lines[:-2])) <= width
     cells = {"drop": "2.1 ±2.0", "estimate": "1.0", "on test": "3.1 ±2.0", "latency": "0.0255 ms", "faster": "12.50x"}
     cells |= {"size": "249 kB", "smaller": "12.35x", "goals": "surely met"}
-    left_out = " ".join(text.split()).partition("no room on ")[2].partition(":")[0]
+    words = " ".join(text.split())
+    left_out = words.partition("no room on ")[2].partition(":")[0]
     for title, cell in cells.items():
         assert (cell in text) != (title in left_out), title
-    assert ("trial 7: 2x spatial_svd 8/8, 1x none 32/32" in lines) == (width <= 100)
+    assert ("trial 7: 2x spatial_svd 8/8, 1x none 32/32" in words) == (width <= 100)
     assert ("--format json" in text) == bool(left_out) == (width < 100)
 
 
