@@ -1,6 +1,7 @@
 """At equal bytes: low rank and 8 bits together, low rank alone, fewer bits alone."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 from decompositions_networks import Subject
 from recovery_plans import shares
@@ -12,16 +13,26 @@ from ranksearch.weights import packed_bytes
 N_HALVINGS = 12
 
 
-def plans(subject: Subject) -> Iterator[tuple[str, Plan]]:
-    """Plans by name, in pairs of equal bytes: those of all layers but the first in 8 bits, then of 4 bits."""
+EIGHT, LOW_AS_EIGHT = "8/8 alone", "low rank alone, as small as 8/8"
+FOUR, LOW_AS_FOUR, BOTH_AS_FOUR = "4/32 alone", "low rank alone, as small as 4/32", "low rank 8/8, as small as 4/32"
+NAMES = (EIGHT, LOW_AS_EIGHT, FOUR, LOW_AS_FOUR, BOTH_AS_FOUR)
+
+
+def plans(subject: Subject, wanted: Sequence[str] = NAMES) -> Iterator[tuple[str, Plan]]:
+    """The wanted plans by name, of the bytes of all layers but the first in 8 bits, or in 4."""
     names = list(subject.layers)[1:]
     eight = Plan(layers=dict.fromkeys(names, DENSE.with_bits(8, 8)))
     four = Plan(layers=dict.fromkeys(names, DENSE.with_bits(4, 32)))
-    yield "8/8 alone", eight
-    yield "low rank alone, as small", _as_small(subject, _size(subject, eight), lambda share: shares(subject, share))
-    yield "4/32 alone", four
-    yield "low rank alone, as small", _as_small(subject, _size(subject, four), lambda share: shares(subject, share))
-    yield "low rank 8/8, as small", _as_small(subject, _size(subject, four), lambda share: _rounded(subject, share))
+    low, both = functools.partial(shares, subject), functools.partial(_rounded, subject)
+    made: dict[str, Callable[[], Plan]] = {
+        EIGHT: lambda: eight,
+        LOW_AS_EIGHT: lambda: _as_small(subject, _size(subject, eight), low),
+        FOUR: lambda: four,
+        LOW_AS_FOUR: lambda: _as_small(subject, _size(subject, four), low),
+        BOTH_AS_FOUR: lambda: _as_small(subject, _size(subject, four), both),
+    }
+    for name in wanted:
+        yield name, made[name]()
 
 
 def _rounded(subject: Subject, share: float) -> Plan:

@@ -121,7 +121,7 @@ def line(row: Row, splits: Sequence[str]) -> str:
         f"{name} {row[name]['drop']:5.2f} ({row[name]['low']:.2f} to {row[name]['high']:.2f})" for name in splits
     )
     sizes = f"cut {row['cut']:5.1%}, bytes {row['bytes_ratio']:5.1%}"
-    start = f"  {row['network']:10} {row['recipe']:26} {sizes}, {row['epochs']:g} epochs"
+    start = f"  {row['network']:10} {row['recipe']:32} {sizes}, {row['epochs']:g} epochs"
     return f"{start}: {row['before']:6.2f} before, {figures}   {row['summary']}"
 
 
