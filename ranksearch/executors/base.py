@@ -13,6 +13,7 @@ from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import Evaluation
 from ranksearch.ladder import Terms
 from ranksearch.masking import masked
+from ranksearch.memory import release_freed_memory
 from ranksearch.plan import Plan
 
 MAX_REASON_CHARACTERS = 2000
@@ -82,6 +83,8 @@ def run_job(evaluate: Callable[[Job], Evaluation], job: Job, clock: Callable[[],
     except Exception as error:
         _logger.debug("trial %d failed", job.number, exc_info=True)
         return Outcome(number=job.number, reason=told(error), seconds=clock() - started)
+    finally:
+        release_freed_memory()
     return Outcome(number=job.number, evaluation=evaluation, seconds=clock() - started)
 
 
