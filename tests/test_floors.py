@@ -22,7 +22,7 @@ FLOORS: dict[str, float] = {
     "compression": 3, "runtimes": 3,
     "bits": 3.5,
     "latency": 3.5, "recovery": 4, "preparation": 4.25, "progressive": 4.25, "workbench": 4.35,
-    "identity": 5, "layer_timing": 4.5, "staircase": 4.75, "profiling": 5,
+    "identity": 5, "layer_timing": 4.5, "loss_meter": 4.5, "staircase": 4.75, "profiling": 5,
     "ladder": 6,
     "export": 6.5, "executors": 6.75,
     "optimization": 7, "portable": 7, "remeasure": 7,
