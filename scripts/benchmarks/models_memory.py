@@ -51,20 +51,20 @@ class Limits:
 
     gib: float
     seconds: float | None = None
-    n_tokens: int = 64
-    batch_size: int = 2
-    n_batches: int = 8
+    n_tokens: int = 32
+    batch_size: int = 1
+    n_batches: int = 32
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-FULL = {"causal": Limits(gib=8, seconds=600), "wide": Limits(gib=8, n_batches=4)}
+FULL = {"causal": Limits(gib=8, seconds=600), "wide": Limits(gib=8, n_batches=8)}
 QUICK = {
     "causal": Limits(
-        gib=2, seconds=60, n_tokens=16, n_batches=4,
+        gib=2, seconds=60, n_batches=4,
         sizes={"hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 1, "vocab_size": 4096},
     ),
     "wide": Limits(
-        gib=2, n_batches=2,
+        gib=2, n_batches=4,
         sizes={"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8},
     ),
 }  # fmt: skip
@@ -78,9 +78,10 @@ def answer(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], li
         environment = {**os.environ, "RANKSEARCH_CACHE": folder, "RANKSEARCH_MAX_TIMING_SECONDS": "0.05"}
         environment.pop("OMP_NUM_THREADS", None)
         ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    smaller = ", ".join(f"{size} {value}" for size, value in limits.sizes.items())
     scope = (
         f"{SUBJECTS[name].__doc__} {limits.n_batches} batches of {limits.batch_size} sequences of {limits.n_tokens} "
-        f"tokens; random weights, {os.cpu_count()} cores"
+        f"tokens; random weights, {os.cpu_count()} cores{'; smaller: ' if smaller else ''}{smaller}"
     )
     if ended.returncode != 0:
         failed = f"its process ended with {ended.returncode}"
