@@ -3,6 +3,7 @@
 import copy
 import difflib
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from ranksearch.decompositions import DECOMPOSITIONS, check_choice
 from ranksearch.errors import DecompositionError, PlanError
+from ranksearch.factored import Factored
 from ranksearch.factorisations import Factorisations
 from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec, layer_weight
 from ranksearch.plan import LayerChoice, Plan
@@ -159,6 +161,17 @@ def compress(
     return _rounded(compressed, plan, weight_limit, shared, calibration)
 
 
+def _telling(module: nn.Module, spec: LayerSpec) -> nn.Module:
+    """The module (in place) that stands for a layer of this spec, telling sizes and strides as that did.
+
+    Some models read them, as transformers' MobileNetV2 does to pad.
+    """
+    for field in fields(spec):
+        if field.name != "bias":
+            setattr(module, field.name, getattr(spec, field.name))
+    return module
+
+
 def _rounded(
     model: nn.Module, plan: Plan, weight_limit: int, shared: SharedTensors, calibration: Batches | None
 ) -> nn.Module:
@@ -213,7 +226,8 @@ def _built(layer: nn.Module, choice: LayerChoice) -> nn.Module:
             parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     else:
         built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.factor_options)
-    return built.to(layer.get_parameter("weight")).train(layer.training)
+        built = Factored(*built) if type(built) is nn.Sequential else built
+    return _telling(built.to(layer.get_parameter("weight")).train(layer.training), spec)
 
 
 def _placeholder(layer: nn.Module, choice: LayerChoice) -> nn.Module:
@@ -310,7 +324,8 @@ def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int) -> Itera
         if choice.weight_bits < 32:
             weights, rounds_inputs = weight_format(choice, weight_limit), choice.activation_bits == 8
             for path, module in _factor_modules(model.get_submodule(layer)).items():
-                yield _join(layer, path), quantize_module(module, weights, rounds_inputs=rounds_inputs)
+                quantized = quantize_module(module, weights, rounds_inputs=rounds_inputs)
+                yield _join(layer, path), _telling(quantized, quantized.spec)
 
 
 def weight_format(choice: LayerChoice, weight_limit: int) -> WeightFormat:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ranksearch.factored import is_chain
 from ranksearch.plan import Plan
 
 LOAD_EXAMPLE = "load_example.py"
@@ -58,7 +59,7 @@ def _other_names(model: nn.Module, name: str) -> list[str]:
 
 def _constructor(module: nn.Module) -> str | None:
     """The call that makes such a module, None where it is not one of torch's plain layers or chains."""
-    if type(module) is nn.Sequential:
+    if is_chain(module):
         parts = [_constructor(part) for part in module]
         if None in parts or list(module._modules) != [str(i) for i in range(len(parts))]:
             return None

@@ -9,23 +9,21 @@ from torch import nn
 
 from ranksearch.bits import OfferedBits
 from ranksearch.candidates import Candidate, LayerProfile, Profile, TimePlan, fit_latency, fit_loss, whole_plans
-from ranksearch.compression import compress, rebuild
+from ranksearch.compression import rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
 from ranksearch.layer_timing import LayerTimes
-from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating, layer_weight
+from ranksearch.layers import LayerInfo, LayerSpec, layer_weight
+from ranksearch.loss_meter import LossMeter
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.quantization.formats import CODE_LIMIT
-from ranksearch.scoring import output_distance
 from ranksearch.spec import Objective, Space
 from ranksearch.statistics import predicted_loss
 from ranksearch.weights import bytes_in_file
 
 # So many choices are timed for layers of one shape, of at most so many ranks per decomposition.
 MAX_CANDIDATES, RANKS_TRIED = 12, 5
-KL_BATCHES = 2
 # A layer's loss is set to scale at these shares of its choices' order. Over 113 random plans of ResNet-20 the rank
 # correlation of the summed losses and the measured one was 0.917 so, 0.875 with the middle alone.
 REFERENCES = (0.1, 0.5, 0.9)
@@ -47,14 +45,12 @@ class ProfileMaker:
     model: nn.Module
     layers: Mapping[str, LayerInfo]
     factorisations: Factorisations
-    calibration: Sequence[tuple[Any, Any]]
-    loss: Any
+    meter: LossMeter
     space: Space
     objectives: tuple[Objective, ...]
     bits: Callable[[LayerSpec], Sequence[OfferedBits]]
     time_layer: TimeLayer
     time_plan: TimePlan
-    weight_limit: int
 
     def make(
         self,
@@ -73,7 +69,7 @@ class ProfileMaker:
         on_layer("whole plans")
         table = Profile(layers=tuple(layers), dense_latency_ms=dense_latency_ms, dense_bytes=dense_bytes)
         plans = whole_plans(table, controls)
-        return fit_loss(fit_latency(table, plans, self.time_plan), plans, self._measured)
+        return fit_loss(fit_latency(table, plans, self.time_plan), plans, self.meter.of_plan)
 
     def _candidates(self, info: LayerInfo, kept: set[LayerChoice], timed: Timed) -> tuple[Candidate, ...]:
         alike = (info.spec, info.input_shape)
@@ -136,12 +132,12 @@ class ProfileMaker:
         wanted = kept if timed is None else kept | set(timed)
         shapes = _shapes(info.spec, self.space, wanted) if timed is None else _factored(wanted)
         raw = dict(self._closed_forms(info, shapes))
-        scale = self._scale(info.name, raw)
+        scale = self._scale(info, raw)
         floats = {DENSE: 0.0, **{shape: loss * scale for shape, loss in raw.items()}}
         offered = [b.of(shape) for shape in floats for b in bits if shape.decomposition in self.space.decompositions]
         choices = sorted({*offered, *kept} if timed is None else wanted, key=LayerChoice.key)
         plain = dict.fromkeys(_only_rounded(choice) for choice in choices)
-        rounding = {c: self._alone(info.name, c) if c.weight_bits < MILDEST_BITS else 0.0 for c in plain}
+        rounding = {c: self.meter.of_layer(info, c) if c.weight_bits < MILDEST_BITS else 0.0 for c in plain}
         return {choice: floats[choice.in_float] + rounding[_only_rounded(choice)] for choice in choices}, rounding
 
     def _closed_forms(self, info: LayerInfo, shapes: Sequence[LayerChoice]) -> Iterator[tuple[LayerChoice, float]]:
@@ -152,12 +148,12 @@ class ProfileMaker:
             difference = weight - self.factorisations.of(info.name, shape).weight(shape.ranks)
             yield shape, max(predicted_loss(statistics, difference, mean_absorbed=True), SMALLEST_LOSS)
 
-    def _scale(self, name: str, raw: Mapping[LayerChoice, float]) -> float:
+    def _scale(self, info: LayerInfo, raw: Mapping[LayerChoice, float]) -> float:
         """Measured over predicted loss, their geometric mean over a mild, a middling and a harsh choice.
 
         One alone misleads: small changes are within the closed form's reach and large ones saturate.
         """
-        ratios = [self._alone(name, choice) / raw[choice] for choice in references(raw)]
+        ratios = [self.meter.of_layer(info, choice) / raw[choice] for choice in references(raw)]
         return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
     def _keep_factors(self, name: str, choices: Sequence[LayerChoice]) -> None:
@@ -165,39 +161,6 @@ class ProfileMaker:
         for choice in choices:
             if choice.decomposition != "none":
                 self.factorisations.factors(name, choice)
-
-    def _alone(self, name: str, choice: LayerChoice) -> float:
-        """The loss when this layer alone is changed."""
-        return self._measured(Plan(layers={name: choice}))
-
-    def _measured(self, plan: Plan) -> float:
-        return measured_loss(
-            self.model, plan, self.calibration, self.factorisations, self.loss, weight_limit=self.weight_limit
-        )
-
-
-def measured_loss(
-    model: nn.Module,
-    plan: Plan,
-    calibration: Sequence[tuple[Any, Any]],
-    factorisations: Factorisations,
-    loss: Any,
-    *,
-    weight_limit: int = CODE_LIMIT,
-) -> float:
-    """The distance of the outputs under `plan` to dense, in nats, on calibration batches that did not shape it.
-
-    Always positive. With too few batches, those that shaped it are used.
-    """
-    compressed = compress(
-        model, plan, calibration=calibration[:KL_BATCHES], factorisations=factorisations, weight_limit=weight_limit
-    )
-    distances = []
-    for inputs, _ in calibration[KL_BATCHES : 2 * KL_BATCHES] or calibration[:KL_BATCHES]:
-        with evaluating(model), evaluating(compressed):
-            dense, outputs = call_model(model, inputs), call_model(compressed, inputs)
-        distances.append(output_distance(outputs, dense, loss))
-    return max(float(np.mean(distances)), SMALLEST_LOSS)
 
 
 def _shapes(spec: LayerSpec, space: Space, kept: set[LayerChoice]) -> list[LayerChoice]:

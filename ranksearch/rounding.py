@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import call_model, evaluating, layer_spec
+from ranksearch.layers import call_model, evaluating, layer_spec, layer_weight
 from ranksearch.quantization import QuantizedModule, compensated, quantized_modules
 from ranksearch.statistics.least_squares import relative_error, solve, solve_centred
 from ranksearch.statistics.patches import count_groups, count_taps
@@ -17,6 +17,8 @@ from ranksearch.statistics.rows import OutputRows, OutputSampler, input_rows, te
 MIN_ROWS, ROWS_PER_INPUT = 4096, 8
 # Numbers in one layer's rows, but for two rows an input: 256 MB in double precision.
 MAX_NUMBERS = 1 << 25
+# What the outputs of all layers together may take: of a deep network of wide layers fewer rows are kept.
+MAX_OUTPUT_BYTES = 2 << 30
 # Relative to the mean squared input; pulls the weight that is rounded towards that of the float layer.
 RIDGE = 0.03
 
@@ -35,7 +37,11 @@ class Rounding:
 def sample_outputs(model: nn.Module, layers: Iterable[str], inputs: Any) -> dict[str, OutputRows]:
     """Rows of what the float layers give for `inputs`; those that do not run just once are missing."""
     modules = {name: model.get_submodule(name) for name in layers}
-    sampler = OutputSampler(max_rows={name: _sufficient_rows(module) for name, module in modules.items()}, seed=0)
+    affordable = MAX_OUTPUT_BYTES // max(4 * sum(len(layer_weight(module)) for module in modules.values()), 1)
+    most = max(affordable, MIN_ROWS)
+    sampler = OutputSampler(
+        max_rows={name: min(_sufficient_rows(module), most) for name, module in modules.items()}, seed=0
+    )
     with evaluating(model), temporary_hooks() as handles:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(sampler.listener(name)))

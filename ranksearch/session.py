@@ -20,6 +20,7 @@ from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.home_records import read_profile, study_record
 from ranksearch.identity import profile_identity
 from ranksearch.layer_timing import LayerTimer, PlanTimer
+from ranksearch.loss_meter import LossMeter
 from ranksearch.machine import machine_state, machine_warnings
 from ranksearch.optimization import published
 from ranksearch.plan import Plan
@@ -144,8 +145,9 @@ def make_profile(
             model=bench.source,
             layers=bench.found.layers,
             factorisations=factorisations,
-            calibration=bench.calibration,
-            loss=spec.loss,
+            meter=LossMeter(
+                bench.source, bench.calibration, factorisations, spec.loss, weight_limit=bench.weight_limit
+            ),
             space=replace(spec.space, rank_multiple=multiple),
             objectives=spec.objectives,
             bits=lambda layer: offered_bits(
@@ -155,7 +157,6 @@ def make_profile(
             time_plan=PlanTimer(
                 model=bench.model, example=bench.example, dense=bench.dense.session, shared=bench.shared, **timing
             ),
-            weight_limit=bench.weight_limit,
         )
         table = maker.make(plans, dense_latency_ms, bench.dense.model_bytes, on_layer)
     table = table.model_copy(update={"ties": tied_layers(spec.space.ties, list(bench.found.layers))})

@@ -134,6 +134,36 @@ def test_torch_and_openvino_compute_the_same(bench: Workbench, factorisations: F
         assert float((torch.as_tensor(outputs) - expected).norm() / expected.norm()) < 0.05
 
 
+class Curious(nn.Module):
+    """Reads of its layers what transformers' models do: ViT the type of their weight, MobileNetV2 their strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Conv2d(3, 8, 3, stride=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        assert self.filters.stride == (2, 2) and self.filters.kernel_size == (3, 3)
+        assert self.head.in_features == 8
+        means = self.filters(images.to(self.filters.weight.dtype)).mean((2, 3))
+        outputs: torch.Tensor = self.head(means.to(self.head.weight.dtype))
+        return outputs
+
+
+@pytest.mark.parametrize("bits", [(32, 32), (8, 8)])
+def test_a_model_may_ask_its_layers_for_their_sizes_and_types(bits: tuple[int, int]) -> None:
+    model, images = Curious().eval(), torch.randn(8, 3, 9, 9)
+    for ranks in ({"filters": (4,), "head": (2,)}, {}):
+        choices = {name: choice(decomposition="svd", ranks=rank) for name, rank in ranks.items()}
+        plan = Plan(layers={name: choices.get(name, choice()).with_bits(*bits) for name in ("filters", "head")})
+        rebuilt = rebuild(model, plan) if bits == (8, 8) else rebuild(model, plan).double()
+        for changed in (compress(model, plan, calibration=[(images, None)]), rebuilt):
+            with torch.no_grad():
+                assert changed(images).dtype == changed.head.weight.dtype
+        state = compress(model, plan, calibration=[(images, None)]).state_dict()
+        assert not ranks or "head.weight" not in state, "what is read of them is no state"
+
+
 def choice(**fields: Any) -> LayerChoice:
     return LayerChoice(**fields)
 

@@ -21,6 +21,7 @@ from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
 from ranksearch.layer_timing import LayerTimes
 from ranksearch.layers import LayerInfo, LayerSpec, compressible_layers
+from ranksearch.loss_meter import LossMeter
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.profiling import MAX_CANDIDATES, ProfileMaker
@@ -62,14 +63,12 @@ def make(
         "model": bench.model,
         "layers": bench.found.layers,
         "factorisations": factorisations,
-        "calibration": bench.calibration,
-        "loss": bench.spec.loss,
+        "meter": LossMeter(bench.model, bench.calibration, factorisations, bench.spec.loss),
         "space": bench.spec.space,
         "objectives": ("drop", "latency", "bytes"),
         "bits": offered(32, 8),
         "time_layer": by_formula,
         "time_plan": lambda plan: sum(0.2 * ratio(plan.choice(name)) for name in bench.found.layers) + 0.2,
-        "weight_limit": 127,
     }
     plans = [plan for _, plan in control_plans(bench)] if controls is None else controls
     # Of a part of the layers, a table takes plans for that part.
@@ -164,18 +163,17 @@ def test_layers_of_one_shape_share_what_is_timed() -> None:
             timed.append({*choices, DENSE})
         return by_formula(info, layer, choices)
 
+    factorisations = Factorisations(model, collect(model, layers, calibration, F.cross_entropy))
     table = ProfileMaker(
         model=model,
         layers=layers,
-        factorisations=Factorisations(model, collect(model, layers, calibration, F.cross_entropy)),
-        calibration=calibration,
-        loss=F.cross_entropy,
+        factorisations=factorisations,
+        meter=LossMeter(model, calibration, factorisations, F.cross_entropy),
         space=Space(decompositions=("none", "svd", "spatial_svd", "tucker2"), rank_multiple=2),
         objectives=("drop", "latency", "bytes"),
         bits=offered(32, 8),
         time_layer=time_layer,
         time_plan=lambda _plan: 0.9,
-        weight_limit=127,
     ).make([], DENSE_MS, 100_000)
     assert len(timed) == 3 and timed[0] == timed[1] == timed[2] and 5 <= len(timed[0]) <= MAX_CANDIDATES
     found = {layer.name: {candidate.choice for candidate in layer.candidates} for layer in table.layers}

@@ -154,6 +154,18 @@ def test_an_operator_that_cannot_be_converted_is_named(name: str) -> None:
         get_runtime(name).prepare(_Bessel().eval(), torch.randn(2, 4), target)
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_pooling_of_any_window_gives_what_torch_gives(name: str) -> None:
+    """Adaptive windows that overlap, and one that hangs over, as VGG on small images and EfficientNet have them."""
+    hangs_over = nn.AvgPool2d(64, ceil_mode=True)
+    small = [nn.Conv2d(3, 4, 3, stride=2), nn.MaxPool2d((2, 16), ceil_mode=True), hangs_over]
+    model = nn.Sequential(nn.AdaptiveAvgPool2d((5, 7)), *small).eval()
+    images = torch.randn(2, 3, 10, 12)
+    session = get_runtime(name).prepare(model, images, Target(runtime=name, batch_size=2))
+    assert session.run(images.numpy()) == pytest.approx(model(images).detach().numpy(), abs=1e-6)
+    assert hangs_over.kernel_size == 64, "the model stays as it is"
+
+
 def test_training_after_prepare_leaves_the_session_alone() -> None:
     model, example = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(4, 4)
     session = OPENVINO.prepare(model, example, TARGET)

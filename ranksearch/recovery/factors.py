@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ranksearch.factored import is_chain
 from ranksearch.layers import layer_spec
 from ranksearch.quantization import QuantizedModule
 
@@ -15,7 +16,7 @@ N_SWEEPS = 3
 
 def factor_chains(model: nn.Module) -> list[Chain]:
     """The layers that stand in a row with nothing between them, as decompositions build them, each row once."""
-    chains = [tuple(module) for module in model.modules() if type(module) is nn.Sequential]
+    chains = [tuple(module) for module in model.modules() if is_chain(module)]
     return [chain for chain in chains if len(chain) > 1 and all(_is_layer(module) for module in chain)]
 
 

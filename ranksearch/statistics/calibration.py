@@ -58,7 +58,8 @@ def collect(
             n_seen += n_rows
     if n_seen == 0:
         raise StudyError("the calibration data yields no example")
-    return {name: collector.result(name, n_seen) for name, collector in collectors.items()}
+    # Each collector goes as its result comes: together they would take the memory twice.
+    return {name: collectors.pop(name).result(name, n_seen) for name in layers}
 
 
 def _gradient_budget(layers: Mapping[str, LayerInfo], max_examples: int, memory_bytes: int) -> dict[str, int]:

@@ -76,7 +76,7 @@ class Collector:
             self.n_positions += len(chunk) * n_positions
             weight = n_positions / n_kept
             rows = by_group(self.spec, patches)
-            self.moment += weight * torch.bmm(rows.mT, rows).cpu().double()
+            self.moment.add_(torch.bmm(rows.mT, rows).cpu(), alpha=weight)
             total = patches.new_ones(1, len(patches)) @ patches
             self.total += weight * by_group(self.spec, total)[:, 0].cpu().double()
 
@@ -84,7 +84,7 @@ class Collector:
         gradient = gradient.detach()
         rows = output_rows(self.spec, gradient).float()
         flat = rows.reshape(-1, rows.shape[-1])
-        self.outer += (flat.T @ flat).cpu().double()
+        self.outer += (flat.T @ flat).cpu()
         self.n_gradient_positions += len(flat)
         self.by_example &= len(inputs) % self.n_rows == 0
         n_kept = min(self.n_rows, len(self.weight_gradients) - self.n_before)
@@ -117,10 +117,11 @@ class Collector:
         return max(1, CHUNK_NUMBERS // max(1, inputs[0].numel() * count_taps(self.spec)))
 
     def result(self, name: str, n_examples: int) -> LayerStatistics:
+        """What was seen; it takes the collector's own memory, as a wide layer's moments are gigabytes."""
         covariance, mean = self._input_moments(name, n_examples)
         if self.n_gradient_positions == 0:
             return LayerStatistics(input_covariance=covariance, input_mean=mean)
-        outer = self.outer / self.n_gradient_positions
+        outer = self.outer.div_(self.n_gradient_positions)
         _check_finite(outer, f"layer {name!r}: the gradients of the loss")
         kept = self.n_gradient_rows if self.by_example else 0
         return LayerStatistics(
@@ -135,8 +136,8 @@ class Collector:
         if self.n_positions == 0:
             raise StudyError(f"layer {name!r} never runs on the calibration data; leave it out with Space(skip=[...])")
         mean = channels_first(self.spec, self.total) / self.n_positions
-        moment = channels_first(self.spec, channels_first(self.spec, self.moment).mT)
-        covariance = (moment - self.n_positions * mean[:, :, None] * mean[:, None, :]) / n_examples
+        covariance = channels_first(self.spec, channels_first(self.spec, self.moment).mT)
+        covariance.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-self.n_positions).div_(n_examples)
         _check_finite(covariance, f"layer {name!r}: its inputs on the calibration data")
         return (covariance[0], mean[0]) if self.n_groups == 1 else (covariance, mean)
 
@@ -148,5 +149,6 @@ def _affordable_rows(n_groups: int, n_inputs: int) -> int:
 
 
 def _check_finite(values: Tensor, what: str) -> None:
-    if not bool(values.isfinite().all()):
+    # A sum tells without a copy of the values, unless it overflows.
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
         raise StudyError(f"{what} are not all finite numbers; look for inf or nan in the data and the weights")

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ranksearch.decompositions import DECOMPOSITIONS, AbstractDecomposition, Options, Ranks
 from ranksearch.decompositions.base import n_dense_params
 from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating
+from ranksearch.loss_meter import LossMeter
 from ranksearch.plan import DENSE, LayerChoice, Plan
-from ranksearch.profiling import measured_loss, references
+from ranksearch.profiling import references
 from ranksearch.scoring import output_distance
 from ranksearch.statistics import predicted_loss
 
@@ -86,7 +87,7 @@ def measured_kl(model: nn.Module, inputs: Sequence[Tensor], dense_outputs: Seque
 
 def loss_of(subject: Subject, plan: Plan) -> float:
     """The plan's loss on calibration examples, as the profile measures it."""
-    return measured_loss(subject.model, plan, subject.calibration, subject.factorisations, subject.loss)
+    return LossMeter(subject.model, subject.calibration, subject.factorisations, subject.loss).of_plan(plan)
 
 
 def _choices(spec: LayerSpec, multiple: int, *, fine: bool) -> Iterator[LayerChoice]:

@@ -10,7 +10,9 @@ from traceback import walk_tb
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.onnx import symbolic_helper
 
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
@@ -21,6 +23,7 @@ from ranksearch.runtimes.onnx.integers import multiply_integers
 from ranksearch.runtimes.onnx.quantizers import fold_batch_norms, round_after_moves, share_quantizers, store_codes
 from ranksearch.runtimes.onnx.session import LAYER_PREFIX, layer_of, write_layers_of_outputs, write_structure
 from ranksearch.runtimes.onnx.weights import keep_bits
+from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, port_names, structure_of
 
@@ -29,6 +32,7 @@ MULTIPLYING = ("Conv", "Gemm", "MatMul")
 # What a convolution may take in.
 FUSED = ("BatchNormalization", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
 PER_CHANNEL = "aten::fake_quantize_per_channel_affine"
+ADAPTIVE_POOL = "aten::adaptive_avg_pool2d"
 
 
 class _Flat(nn.Module):
@@ -83,7 +87,7 @@ def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...
     """A copy of the model in eval mode, its weights fixed, and the layers of it whose weights alone are rounded."""
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     stored = stored_layers(frozen)
-    frozen = fix_weights(frozen)
+    frozen = fit_windows(fix_weights(frozen))
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     return _Flat(frozen, structure_of(example)).eval(), leaves, stored
 
@@ -122,11 +126,15 @@ def _exported(flat: _Flat, leaves: tuple[Tensor, ...], dynamic: bool) -> Any:
 
 @contextmanager
 def _exporting() -> Iterator[None]:
-    """While open, torch.onnx is quiet and takes weight codes of -127..127, which it refuses by itself."""
+    """While open, torch.onnx is quiet, and takes weight codes of -127..127 and means over windows of any size.
+
+    Both it refuses by itself.
+    """
     log, exporter = torch._C._jit_onnx_log, cast(Any, torch.onnx)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exporter.register_custom_op_symbolic(PER_CHANNEL, _per_channel, OPSET)
+        exporter.register_custom_op_symbolic(ADAPTIVE_POOL, _adaptive_pool, OPSET)
         # It writes the whole graph to stdout where an operator fails.
         torch._C._jit_onnx_log = _say_nothing
         try:
@@ -134,6 +142,7 @@ def _exporting() -> Iterator[None]:
         finally:
             torch._C._jit_onnx_log = log
             exporter.unregister_custom_op_symbolic(PER_CHANNEL, OPSET)
+            exporter.unregister_custom_op_symbolic(ADAPTIVE_POOL, OPSET)
 
 
 def _say_nothing(*_: Any) -> None:
@@ -147,6 +156,25 @@ def _per_channel(g: Any, values: Any, scale: Any, zero_point: Any, axis: Any, lo
     zero = g.op("Cast", zero_point, to_i=dtype)
     codes = g.op("QuantizeLinear", values, scale, zero, axis_i=axis)
     return g.op("DequantizeLinear", codes, scale, zero, axis_i=axis)
+
+
+def _adaptive_pool(g: Any, values: Any, size: Any) -> Any:
+    """Means over as many windows as `size` says, whatever the input: where they overlap, by products."""
+    sizes, given = symbolic_helper._parse_arg(size, "is"), values.type().varyingSizes()[-2:]
+    if list(sizes) == [1, 1]:
+        return g.op("GlobalAveragePool", values)
+    if None in given:
+        raise RuntimeError(f"means over {sizes} windows need an input of known height and width")
+    if all(n % k == 0 for n, k in zip(given, sizes, strict=True)):
+        window = [n // k for n, k in zip(given, sizes, strict=True)]
+        return g.op("AveragePool", values, kernel_shape_i=window, strides_i=window)
+    by_row, by_column = (g.op("Constant", value_t=_windows(n, k)) for n, k in zip(given, sizes, strict=True))
+    return g.op("MatMul", g.op("MatMul", by_row, values), g.op("Transpose", by_column, perm_i=[1, 0]))
+
+
+def _windows(n_values: int, n_windows: int) -> Tensor:
+    """The weights (windows, values) of the means that torch's adaptive pooling takes along one axis."""
+    return F.adaptive_avg_pool1d(torch.eye(n_values), n_windows).T.contiguous()
 
 
 def _failed_layer(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
 from ranksearch.runtimes.openvino.weights import keep_bits
+from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 
@@ -67,7 +68,7 @@ def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_con
     # OpenVINO shares memory with what it converts; a copy keeps later training out of the compiled model.
     frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     stored = stored_layers(frozen)
-    frozen = fix_weights(frozen)
+    frozen = fit_windows(fix_weights(frozen))
     outputs: list[Structure] = []
 
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +80,10 @@ def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_con
     converted = _from_trace(_trace(flat, leaves))
     _note_layers(converted, frozen)
     shapes = [[-1, *leaf.shape[1:]] if dynamic and leaf.dim() else list(leaf.shape) for leaf in leaves]
-    converted.reshape(dict(enumerate(shapes)))
+    try:
+        converted.reshape(dict(enumerate(shapes)))
+    except RuntimeError as error:
+        raise MeasurementError(f"OpenVINO cannot give the model its shapes: {str(error).strip()}") from error
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
     apply_moc_transformations(converted, cf=folds_constants, smart_reshape=False)
     noted = _noted(converted)

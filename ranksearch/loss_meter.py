@@ -1,0 +1,133 @@
+"""What plans lose, measured: the distance of the outputs to dense on calibration batches that did not shape them."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from torch import Tensor, nn
+
+from ranksearch.compression import compress
+from ranksearch.factorisations import Factorisations
+from ranksearch.layers import LayerInfo, call_model, evaluating, first_argument
+from ranksearch.loss_model import SMALLEST_LOSS
+from ranksearch.plan import LayerChoice, Plan
+from ranksearch.quantization import CODE_LIMIT, SharedTensors, rounded_outputs, shared_tensors
+from ranksearch.scoring import output_distance
+from ranksearch.surgery import replace_modules
+from ranksearch.trees import count_rows, first_examples
+
+KL_BATCHES = 2
+
+
+@final
+class LossMeter:
+    """Measures losses in nats, always positive; keeps dense's outputs, and what the layer last asked for reads.
+
+    Two calibration batches shape a plan's factors, the next two judge it; with too few batches, the same.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Sequence[tuple[Any, Any]],
+        factorisations: Factorisations,
+        loss: Any,
+        *,
+        weight_limit: int = CODE_LIMIT,
+    ) -> None:
+        self._model = model
+        self._shaping = calibration[:KL_BATCHES]
+        self._judging = [inputs for inputs, _ in calibration[KL_BATCHES : 2 * KL_BATCHES] or calibration[:KL_BATCHES]]
+        self._factorisations = factorisations
+        self._loss = loss
+        self._weight_limit = weight_limit
+        self._shared = shared_tensors(model, next(iter(first_examples(calibration, 1))))
+        self._dense = self._outputs(model)
+        self._read: tuple[str, list[tuple[Tensor, None]] | None] = "", None
+
+    def of_plan(self, plan: Plan) -> float:
+        """The distance of the outputs under the plan to dense."""
+        return self._distance(self._compressed(self._model, plan, self._shaping, self._shared))
+
+    def of_layer(self, info: LayerInfo, choice: LayerChoice) -> float:
+        """The same where this layer alone is changed: it is compressed on what it reads, without the model around it.
+
+        A layer that runs several times, reads other rows than the examples, or whose input is rounded for others too
+        takes the whole model.
+        """
+        plan = Plan(layers={info.name: choice})
+        read = self._what_it_reads(info) if self._rounds_alone(info.name, choice) else None
+        if read is None:
+            return self.of_plan(plan)
+        alone = Alone(info.name, self._model.get_submodule(info.name))
+        built = self._compressed(alone, plan, read, SharedTensors()).get_submodule(info.name)
+        return self._distance(replace_modules(_sharing_copy(self._model), {info.name: built}))
+
+    def _compressed(
+        self, model: nn.Module, plan: Plan, calibration: Sequence[tuple[Any, Any]], shared: SharedTensors
+    ) -> nn.Module:
+        return compress(
+            model, plan, calibration=calibration, factorisations=self._factorisations,
+            weight_limit=self._weight_limit, shared=shared,
+        )  # fmt: skip
+
+    def _rounds_alone(self, name: str, choice: LayerChoice) -> bool:
+        return choice.activation_bits != 8 or not rounded_outputs(self._shared, [name]).inputs
+
+    def _what_it_reads(self, info: LayerInfo) -> list[tuple[Tensor, None]] | None:
+        """The layer's inputs, batch by batch; None where they are not one row for each example."""
+        if self._read[0] != info.name:
+            self._read = info.name, self._listen(info) if info.name and info.n_calls == 1 else None
+        return self._read[1]
+
+    def _listen(self, info: LayerInfo) -> list[tuple[Tensor, None]] | None:
+        heard: list[Tensor] = []
+
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            # What is done in place later is none of its input.
+            heard.append(first_argument(arguments, named).detach().clone())
+
+        handle = self._model.get_submodule(info.name).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with evaluating(self._model):
+                for inputs, _ in self._shaping:
+                    call_model(self._model, inputs)
+        finally:
+            handle.remove()
+        n_rows = [count_rows(inputs) for inputs, _ in self._shaping]
+        return [(tensor, None) for tensor in heard] if [len(tensor) for tensor in heard] == n_rows else None
+
+    def _outputs(self, model: nn.Module) -> list[Any]:
+        with evaluating(model):
+            return [call_model(model, inputs) for inputs in self._judging]
+
+    def _distance(self, compressed: nn.Module) -> float:
+        pairs = zip(self._outputs(compressed), self._dense, strict=True)
+        return max(float(np.mean([output_distance(own, dense, self._loss) for own, dense in pairs])), SMALLEST_LOSS)
+
+
+@final
+class Alone(nn.Module):
+    """A model of one layer, which bears the name that it has in another."""
+
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        *parents, last = name.split(".")
+        place: nn.Module = self
+        for parent in parents:
+            below = nn.Module()
+            place.add_module(parent, below)
+            place = below
+        place.add_module(last, layer)
+        self._name = name
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.get_submodule(self._name)(inputs)
+        return outputs
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's modules around the very tensors of the model."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, tensors)

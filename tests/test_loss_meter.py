@@ -1,0 +1,77 @@
+"""Measured losses: a layer alone loses what the whole model with it changed loses, at a fraction of the work."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranksearch import loss_meter
+from ranksearch.factorisations import Factorisations
+from ranksearch.layers import compressible_layers
+from ranksearch.loss_meter import LossMeter
+from ranksearch.loss_model import SMALLEST_LOSS
+from ranksearch.plan import LayerChoice, Plan
+from ranksearch.statistics import collect
+
+SVD = LayerChoice(decomposition="svd", ranks=(3,))
+CHOICES = [SVD, SVD.with_bits(8, 8), LayerChoice(weight_bits=8, activation_bits=8), LayerChoice(weight_bits=4)]
+
+
+class Network(nn.Module):
+    """A plain layer, one whose input a sum reads as well, and one that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.block = nn.Conv2d(8, 8, 3, padding=1)
+        self.twice = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        values = self.stem(images)
+        means = (values + self.block(values)).mean((2, 3))
+        return self.head(self.twice(F.relu(self.twice(means))))
+
+
+@pytest.fixture(scope="module")
+def meter() -> LossMeter:
+    torch.manual_seed(0)
+    model = Network().eval()
+    batches = [(torch.randn(24, 2, 6, 6), torch.randint(4, (24,))) for _ in range(4)]
+    layers = compressible_layers(model, batches[0][0]).layers
+    return LossMeter(
+        model, batches, Factorisations(model, collect(model, layers, batches, F.cross_entropy)), F.cross_entropy
+    )
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.label)
+@pytest.mark.parametrize("name", ["stem.0", "block", "twice", "head"])
+def test_a_layer_alone_loses_what_the_model_loses(name: str, choice: LayerChoice, meter: LossMeter) -> None:
+    info = compressible_layers(meter._model, torch.randn(2, 2, 6, 6)).layers[name]
+    before = copy.deepcopy(meter._model.state_dict())
+    loss = meter.of_layer(info, choice)
+    assert loss == pytest.approx(meter.of_plan(Plan(layers={name: choice})), rel=1e-3)
+    assert loss > SMALLEST_LOSS
+    assert all(torch.equal(tensor, before[key]) for key, tensor in meter._model.state_dict().items())
+
+
+def test_the_rest_of_the_model_is_neither_copied_nor_compressed(
+    meter: LossMeter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressed: list[nn.Module] = []
+    compress = loss_meter.compress
+
+    def listening(model: nn.Module, *arguments: object, **named: object) -> nn.Module:
+        compressed.append(model)
+        return compress(model, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loss_meter, "compress", listening)
+    layers = compressible_layers(meter._model, torch.randn(2, 2, 6, 6)).layers
+    for name in layers:
+        meter.of_layer(layers[name], SVD)
+    whole = [model is meter._model for model in compressed]
+    assert whole == [name == "twice" for name in layers], "only what runs twice needs the model around it"
+    shared = loss_meter._sharing_copy(meter._model)
+    assert shared.head is not meter._model.head and shared.head.weight is meter._model.head.weight
