@@ -51,10 +51,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def wrappers(model: nn.Module) -> tuple[str, ...]:
-    """The kinds of wrappers around the model and its modules."""
-    modules = list(model.modules())
-    found = [type(module).__name__ for module in modules if _wrapped(module) is not None]
-    return tuple(dict.fromkeys([*found, *("torch.compile" for module in modules if _is_compiled(module))]))
+    """The kinds of wrappers around the model and its modules, each once."""
+    kinds = {}
+    for module in model.modules():
+        if _is_compiled(module) or type(module).__name__ == "OptimizedModule":
+            kinds["torch.compile"] = True
+        elif _wrapped(module) is not None:
+            kinds[type(module).__name__] = True
+    return tuple(kinds)
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -1,6 +1,5 @@
 """A study's model, data and target, made ready for trials."""
 
-import copy
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, s
 from ranksearch.scoring import Scores, same_twice, score_kind, score_model
 from ranksearch.spec import Batches, Data, StudySpec, tied_layers
 from ranksearch.statistics import LayerStatistics, collect
+from ranksearch.surgery import copy_model, wrappers
 from ranksearch.trees import concatenate, count_rows, first_examples, map_tensors, pick_rows
 from ranksearch.weights import packed_bytes
 
@@ -53,7 +53,7 @@ class Workbench:
 
     `source` is what plans are cut from: the dense `model`, or it as Recovery.prepare made it. `shared` tells of the
     tensors that several read, on which the quantizers of 8-bit plans sit, `weight_limit` is the largest int8 weight
-    code that the target's kernels take.
+    code that the target's kernels take, `notes` what the user should hear of the model.
     """
 
     spec: StudySpec
@@ -67,6 +67,7 @@ class Workbench:
     calibration: list[tuple[Any, Any]]
     dense: Dense
     weight_limit: int
+    notes: tuple[str, ...] = ()
 
     @property
     def train(self) -> Batches:
@@ -153,7 +154,8 @@ def open_workbench(
     _check_decompositions(spec)
     # What draws random numbers draws the same ones in every process: a resume's, and a worker's.
     with seeded(spec.seed, torch.device("cpu")):
-        model = copy.deepcopy(_given(spec, "model", spec.model(), nn.Module)).eval()
+        given = _given(spec, "model", spec.model(), nn.Module)
+        model = copy_model(given).eval()
         data = _given(spec, "data", spec.data(), Data)
         calibration = _take_calibration(spec, data)
     _check_dense(model, spec, calibration[0])
@@ -198,6 +200,7 @@ def open_workbench(
         calibration=calibration,
         dense=dense,
         weight_limit=runtime.weight_limit(spec.target) if weight_limit is None else weight_limit,
+        notes=_notes(given),
     )
 
 
@@ -230,6 +233,12 @@ def to_arrays(inputs: Any) -> Any:
 def first_rows(batches: Batches, n_rows: int) -> Any:
     """The first `n_rows` rows of the inputs of `batches`; fewer where the data ends before."""
     return concatenate(list(first_examples(batches, n_rows)))
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    if not (around := wrappers(model)):
+        return ()
+    return (f"the model is taken out of {' and '.join(around)}; layers bear the names that they have inside",)
 
 
 def _check_decompositions(spec: StudySpec) -> None:
