@@ -50,6 +50,7 @@ class ConvSpec:
 
 LayerSpec = LinearSpec | ConvSpec
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+_PRECISIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 # What is a layer, or becomes one by rs.expose_layers.
 _KINDS = (nn.Linear, *_CONVOLUTIONS.values(), nn.MultiheadAttention)
 
@@ -117,6 +118,20 @@ def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv1d | nn.Conv2d:
         bias=spec.bias,
         padding_mode=spec.padding_mode,
     )
+
+
+def other_floats(model: nn.Module) -> str | None:
+    """What to do about a model whose parameters are not all float32, in which models are measured; None where they are.
+
+    Runtimes lower the precision of a float32 model by their target's, and have kernels or none for other floats.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            told = _PRECISIONS.get(parameter.dtype)
+            wanted = f", and Target(precision={told!r}) to run it in such floats" if told else ""
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            return f"parameter {name!r} is {dtype}, and models are measured in float32: give model.float(){wanted}"
+    return None
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -17,7 +17,7 @@ from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency, compare_all, timed_call
-from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
+from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating, other_floats
 from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
 from ranksearch.recovery import Step, seeded
@@ -144,8 +144,9 @@ def open_workbench(
     `on_step` hears of the preparation, which is left out where the `prepared` model's weights are given; the
     `weight_limit` is that of the runtime here, unless given.
 
-    Raises StudyError for a model without compressible layers, data that yields nothing, too little or not the same
-    twice, a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
+    Raises StudyError for a model without compressible layers or of other floats than float32, data that yields
+    nothing, too little or not the same twice, a NaN loss of dense, globs that match nothing;
+    RuntimeUnavailableError for the target's runtime.
     """
     check_cores(spec.target)
     with timed_cores(spec.target):
@@ -158,6 +159,8 @@ def open_workbench(
         model = copy_model(given).eval()
         data = _given(spec, "data", spec.data(), Data)
         calibration = _take_calibration(spec, data)
+    if (told := other_floats(model)) is not None:
+        raise StudyError(f"study {spec.name!r}: {told}")
     _check_dense(model, spec, calibration[0])
     if data.tiebreak is not None and score_kind(spec.score) == "model":
         raise StudyError(

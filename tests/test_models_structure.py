@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from tiny_study import SVD, Pairs, make_spec, plans
-from torch import nn
+import torch.nn.functional as F
+from tiny_study import INT8, SVD, Pairs, make_spec, plans
+from torch import Tensor, nn
 
 import ranksearch as rs
+from ranksearch.portable import write_portable
 from ranksearch.surgery import copy_model, unwrapped, wrappers
 from ranksearch.workbench import open_workbench
 
@@ -94,3 +96,76 @@ def test_a_model_with_a_computed_weight_is_copied_once_it_was_trained(parts: dic
     assert compressed[1].weight_g is not normed.weight_g
     with torch.no_grad():
         torch.testing.assert_close(compressed[1](images.flatten(1)), normed(images.flatten(1)))
+
+
+CHOICES = {
+    "svd": {"8": SVD},
+    "convolutions": {
+        "0": rs.LayerChoice(decomposition="spatial_svd", ranks=(3,)),
+        "3": rs.LayerChoice(decomposition="tucker2", ranks=(8, 6)),
+    },
+    "weights of 16 and 4 bits": {
+        "8": rs.LayerChoice(weight_bits=4, activation_bits=32),
+        "3": rs.LayerChoice(weight_bits=16, activation_bits=32),
+    },
+    "8 bits": {"0": INT8, "8": SVD.model_copy(update={"weight_bits": 8, "activation_bits": 8}), "10": INT8},
+}
+
+
+class Lowered(nn.Module):
+    """Convolutions in float32, and what follows in bfloat16."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        super().__init__()
+        for name, module in copy_model(model).named_children():
+            self.add_module(name, module if int(name) < 8 else module.to(torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, module in self.named_children():
+            x = module(x.to(torch.bfloat16) if name == "8" else x)
+        return x
+
+
+def lowered(model: nn.Sequential, kind: Any) -> nn.Module:
+    return Lowered(model) if kind == "mixed" else copy_model(model).to(kind)
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64, "mixed"], ids=str)
+def test_models_of_other_floats_are_compressed_in_them_saved_and_loaded(
+    kind: Any, choices: str, model: nn.Sequential, parts: dict[str, Pairs], tmp_path: Path
+) -> None:
+    plan, dense = rs.Plan(layers=CHOICES[choices]), lowered(model, kind)
+    wide, dtype = parts["train"][:3], torch.float32 if kind == "mixed" else kind
+    batches = [(images.to(dtype), labels) for images, labels in wide]
+    compressed = rs.compress(dense, plan, calibration=batches, loss=F.cross_entropy)
+    assert {p.dtype for p in compressed.parameters()} == {p.dtype for p in dense.parameters()}
+    saved = rs.save(compressed, plan, tmp_path, calibration=batches)
+    loaded = rs.load(tmp_path, dense)
+    with torch.no_grad():
+        outputs = compressed(batches[0][0])
+        assert outputs.dtype == (torch.bfloat16 if kind == "mixed" else kind)
+        assert torch.equal(loaded(batches[0][0]), outputs)
+        # What is factored and rounded in float32 does about as well.
+        wanted = model(wide[0][0])
+        in_float = rs.compress(model, plan, calibration=wide, loss=F.cross_entropy)(wide[0][0])
+    own, other = (float((o.float() - wanted).norm() / wanted.norm()) for o in (outputs, in_float))
+    assert own < 1.2 * other + 0.02
+    assert saved.provenance is not None and saved.provenance.sha256
+
+
+def test_studies_and_measurements_of_other_floats_say_what_to_do(
+    model: nn.Sequential, parts: dict[str, Pairs], tmp_path: Path
+) -> None:
+    told = r"parameter '0.weight' is bfloat16, .*give model.float\(\), and Target\(precision='bf16'\)"
+    half, images = lowered(model, torch.bfloat16), parts["train"][0][0][:2]
+    with pytest.raises(rs.StudyError, match=told):
+        open_workbench(make_spec(half, parts))
+    with pytest.raises(rs.MeasurementError, match=told):
+        rs.measure_latency(half, half, rs.Target(batch_size=2), images)
+    with pytest.raises(rs.MeasurementError, match=told):
+        write_portable(half, images, tmp_path, ["onnx"])
+    with pytest.raises(rs.StudyError, match=r"'8.weight' is bfloat16"):
+        open_workbench(make_spec(Lowered(model), parts))
+    with pytest.raises(rs.StudyError, match=r"is float64, .*: give model.float\(\)$"):
+        open_workbench(make_spec(lowered(model, torch.float64), parts))
