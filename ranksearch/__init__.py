@@ -27,6 +27,7 @@ _HOMES = {
     "top1": "scoring",
     "register_decomposition": "decompositions",
     "compress": "compression",
+    "expose_layers": "exposing",
     "rebuild": "compression",
     "register_runtime": "runtimes",
     "measure_latency": "latency",
@@ -67,6 +68,7 @@ __all__ = [
     "compress",
     "corpus_score",
     "evaluate",
+    "expose_layers",
     "finish",
     "load",
     "measure_latency",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
         StudyError,
     )
     from ranksearch.export import load, save
+    from ranksearch.exposing import expose_layers
     from ranksearch.full_training import finish
     from ranksearch.latency import measure_latency
     from ranksearch.optimization import PriceSampler, ResolvedLimits, suggest_plan

@@ -1,6 +1,5 @@
 """What a user has without a search: plans that every study tries first, and records beside them."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from ranksearch.recovery import recover
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge, drop_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import paired_drop
+from ranksearch.surgery import copy_model
 from ranksearch.workbench import Workbench
 
 Row = dict[str, Any]
@@ -138,7 +138,7 @@ def _session_row(judge: Judge, session: AbstractSession, dense_latency_ms: float
 def _fine_tuned_row(bench: Workbench, dense_latency_ms: float) -> Row:
     """Dense after the trials' own fine-tuning: what of a plan's accuracy is training, not the plan."""
     spec = bench.spec
-    model = copy.deepcopy(bench.model)
+    model = copy_model(bench.model)
     recover(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
     return _dense_row(bench, model.eval(), dense_latency_ms)
 

@@ -1,6 +1,5 @@
 """Save, load and verify compressed models."""
 
-import copy
 import hashlib
 import shutil
 import uuid
@@ -25,6 +24,7 @@ from ranksearch.plan import Plan, Provenance, Quantizer
 from ranksearch.quantization import activation_quantizers, freeze
 from ranksearch.reading import check_own_files
 from ranksearch.spec import Batches
+from ranksearch.surgery import copy_model, unwrapped
 from ranksearch.trees import tensors
 from ranksearch.versions import package_versions
 from ranksearch.weights import load_stored, stored_state
@@ -51,6 +51,7 @@ def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Ba
     SHA-256 of the weights. With `calibration` raises PlanError where weights are not finite, or what is read gives
     other outputs.
     """
+    model = unwrapped(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if calibration is not None:
@@ -81,7 +82,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def _check_read_again(model: nn.Module, weights: Path, calibration: Batches) -> None:
     """Raises PlanError where the file's weights do not give the model's outputs, to the bit."""
-    again = copy.deepcopy(model)
+    again = copy_model(model)
     load_stored(again, load_file(weights))
     inputs = next(iter(calibration))[0]
     with evaluating(model), evaluating(again):

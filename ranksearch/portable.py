@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ranksearch.errors import MeasurementError
-from ranksearch.layers import call_model, evaluating
+from ranksearch.layers import call_model, evaluating, other_floats
 from ranksearch.runtimes.base import require
 from ranksearch.runtimes.structure import leaves_of, port_names, structure_of
 from ranksearch.trees import count_rows, pick_rows
@@ -48,10 +48,13 @@ def write_portable(
 ) -> list[Path]:
     """Writes the model in each of the `formats`, `portable.*` in the folder, and compares it with torch's outputs.
 
-    The batch is whatever comes where it is `dynamic`, else that of the example. Inputs and outputs bear the names of a
-    mapping's keys, else `input_0`, `output_0` and so on. Raises MeasurementError where a format cannot hold the model
-    or what is read gives other outputs; RuntimeUnavailableError where what writes or reads it is not installed.
+    The batch is whatever comes where it is `dynamic`, else that of the example. Inputs and outputs bear the names
+    of a mapping's keys, else `input_0`, `output_0` and so on. Raises MeasurementError where the model has other
+    floats than float32, a format cannot hold it, or what is read gives other outputs; RuntimeUnavailableError where
+    what writes or reads it is not installed.
     """
+    if (told := other_floats(model)) is not None:
+        raise MeasurementError(told)
     return [_write_checked(model, example, folder, name, dynamic) for name in formats]
 
 

@@ -51,6 +51,8 @@ class Session:
 
 def prepare(bench: Workbench, home: StudyHome, stage: Callable[[str], None]) -> Session:
     """Begins a study, or reads how it was begun. Raises StudyError where it was timed on another machine."""
+    for note in bench.notes:
+        stage(f"note: {note}")
     record = study_record(home)
     if record:
         _check_machine(record, target_record(bench), bench.spec.name)

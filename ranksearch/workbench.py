@@ -1,6 +1,5 @@
 """A study's model, data and target, made ready for trials."""
 
-import copy
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency, compare_all, timed_call
-from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
+from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating, other_floats
 from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
 from ranksearch.recovery import Step, seeded
@@ -26,6 +25,7 @@ from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, s
 from ranksearch.scoring import Scores, same_twice, score_kind, score_model
 from ranksearch.spec import Batches, Data, StudySpec, tied_layers
 from ranksearch.statistics import LayerStatistics, collect
+from ranksearch.surgery import copy_model, wrappers
 from ranksearch.trees import concatenate, count_rows, first_examples, map_tensors, pick_rows
 from ranksearch.weights import packed_bytes
 
@@ -53,7 +53,7 @@ class Workbench:
 
     `source` is what plans are cut from: the dense `model`, or it as Recovery.prepare made it. `shared` tells of the
     tensors that several read, on which the quantizers of 8-bit plans sit, `weight_limit` is the largest int8 weight
-    code that the target's kernels take.
+    code that the target's kernels take, `notes` what the user should hear of the model.
     """
 
     spec: StudySpec
@@ -67,6 +67,7 @@ class Workbench:
     calibration: list[tuple[Any, Any]]
     dense: Dense
     weight_limit: int
+    notes: tuple[str, ...] = ()
 
     @property
     def train(self) -> Batches:
@@ -143,8 +144,9 @@ def open_workbench(
     `on_step` hears of the preparation, which is left out where the `prepared` model's weights are given; the
     `weight_limit` is that of the runtime here, unless given.
 
-    Raises StudyError for a model without compressible layers, data that yields nothing, too little or not the same
-    twice, a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
+    Raises StudyError for a model without compressible layers or of other floats than float32, data that yields
+    nothing, too little or not the same twice, a NaN loss of dense, globs that match nothing;
+    RuntimeUnavailableError for the target's runtime.
     """
     check_cores(spec.target)
     with timed_cores(spec.target):
@@ -153,9 +155,12 @@ def open_workbench(
     _check_decompositions(spec)
     # What draws random numbers draws the same ones in every process: a resume's, and a worker's.
     with seeded(spec.seed, torch.device("cpu")):
-        model = copy.deepcopy(_given(spec, "model", spec.model(), nn.Module)).eval()
+        given = _given(spec, "model", spec.model(), nn.Module)
+        model = copy_model(given).eval()
         data = _given(spec, "data", spec.data(), Data)
         calibration = _take_calibration(spec, data)
+    if (told := other_floats(model)) is not None:
+        raise StudyError(f"study {spec.name!r}: {told}")
     _check_dense(model, spec, calibration[0])
     if data.tiebreak is not None and score_kind(spec.score) == "model":
         raise StudyError(
@@ -198,6 +203,7 @@ def open_workbench(
         calibration=calibration,
         dense=dense,
         weight_limit=runtime.weight_limit(spec.target) if weight_limit is None else weight_limit,
+        notes=_notes(given),
     )
 
 
@@ -230,6 +236,12 @@ def to_arrays(inputs: Any) -> Any:
 def first_rows(batches: Batches, n_rows: int) -> Any:
     """The first `n_rows` rows of the inputs of `batches`; fewer where the data ends before."""
     return concatenate(list(first_examples(batches, n_rows)))
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    if not (around := wrappers(model)):
+        return ()
+    return (f"the model is taken out of {' and '.join(around)}; layers bear the names that they have inside",)
 
 
 def _check_decompositions(spec: StudySpec) -> None:

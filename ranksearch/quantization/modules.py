@@ -56,6 +56,8 @@ class ActivationQuantizer(nn.Module):
         if self.observe is not None:
             self.observe(values)
             return values
+        if values.dtype != torch.float32:
+            return self.round(values.float()).to(values.dtype)
         if self.fixed is not None:
             step, zero_point = self.fixed
             codes = torch.clamp(torch.round(values / step) + zero_point, 0, ACTIVATION_LEVELS)

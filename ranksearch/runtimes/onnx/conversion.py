@@ -1,6 +1,5 @@
 """From torch modules to ONNX models."""
 
-import copy
 import io
 import warnings
 from collections import Counter
@@ -26,6 +25,7 @@ from ranksearch.runtimes.onnx.weights import keep_bits
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, port_names, structure_of
+from ranksearch.surgery import copy_model
 
 OPSET = 17
 MULTIPLYING = ("Conv", "Gemm", "MatMul")
@@ -85,7 +85,7 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, dynamic: bool 
 
 def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...], Mapping[str, QuantizedModule]]:
     """A copy of the model in eval mode, its weights fixed, and the layers of it whose weights alone are rounded."""
-    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    frozen = copy_model(model).cpu().eval().requires_grad_(False)
     stored = stored_layers(frozen)
     frozen = fit_windows(fix_weights(frozen))
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))

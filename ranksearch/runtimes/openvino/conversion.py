@@ -1,7 +1,6 @@
 """From torch modules to OpenVINO models."""
 
 import contextlib
-import copy
 import io
 import re
 import warnings
@@ -22,6 +21,7 @@ from ranksearch.runtimes.openvino.weights import keep_bits
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
+from ranksearch.surgery import copy_model
 
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
 NOTE = "ranksearch_layer"
@@ -66,7 +66,7 @@ def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_con
     inputs = structure_of(example)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     # OpenVINO shares memory with what it converts; a copy keeps later training out of the compiled model.
-    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    frozen = copy_model(model).cpu().eval().requires_grad_(False)
     stored = stored_layers(frozen)
     frozen = fit_windows(fix_weights(frozen))
     outputs: list[Structure] = []

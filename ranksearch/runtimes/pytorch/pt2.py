@@ -1,6 +1,5 @@
 """Torch programs on disk, by torch.export, and the names of the layers in them."""
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, as_computed, in_
 from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import leaves_of, structure_of
 from ranksearch.spec import Target
+from ranksearch.surgery import copy_model
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, QuantizedLinear, QuantizedConv1d, QuantizedConv2d, IntegerProduct)
 # What torch.export keeps of a module's class.
@@ -71,7 +71,7 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynami
 
 def exportable(model: nn.Module) -> nn.Module:
     """A copy of the model that torch.export takes: its quantizers as torch imitates them, their scales fixed."""
-    module = fix_weights(copy.deepcopy(model).cpu().eval())
+    module = fix_weights(copy_model(model).cpu().eval())
     for quantizer in activation_quantizers(module).values():
         quantizer.fix()
     return module

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, final
@@ -22,7 +21,7 @@ from ranksearch.runtimes.pytorch.integers import IntegerProduct, integer_layers
 from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import Structure, check_shape, leaves_of, named_leaves, structure_of
 from ranksearch.spec import Target
-from ranksearch.surgery import replace_modules
+from ranksearch.surgery import copy_model, replace_modules
 
 DTYPES: Mapping[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -117,7 +116,7 @@ def load_module(model: nn.Module, example: Any, target: Target) -> Loaded:
 
 def as_computed(model: nn.Module, target: Target) -> nn.Module:
     """A copy of the model, its weights fixed; int8 products keep their steps in float32 whatever the precision."""
-    module = fix_weights(deepcopy(model).eval())
+    module = fix_weights(copy_model(model).eval())
     integer = integer_layers(module, "cpu" if target.device == "cpu" else "cuda", host_isa())
     return replace_modules(module.to("cpu", DTYPES.get(target.precision)), integer)
 
