@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ranksearch import rounding
 from ranksearch.compression import compress
 from ranksearch.errors import StudyError
 from ranksearch.layers import evaluating, layer_spec
@@ -181,3 +182,11 @@ def test_compressed_models_are_nearer_to_dense_than_plainly_rounded_ones(
     calibrated = distance()
     monkeypatch.setattr("ranksearch.compression.round_weights", lambda *_: {})
     assert calibrated < distance()
+
+
+def test_the_outputs_of_all_layers_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep network of wide layers would keep gigabytes."""
+    model, inputs = nn.Sequential(nn.Linear(600, 8), nn.Linear(8, 4)), torch.randn(5000, 600)
+    assert [len(rows.index) for rows in sample_outputs(model, ["0", "1"], inputs).values()] == [4800, 4096]
+    monkeypatch.setattr(rounding, "MAX_OUTPUT_BYTES", 4500 * 4 * (8 + 4))
+    assert [len(rows.index) for rows in sample_outputs(model, ["0", "1"], inputs).values()] == [4500, 4096]

@@ -154,6 +154,19 @@ def test_an_operator_that_cannot_be_converted_is_named(name: str) -> None:
         get_runtime(name).prepare(_Bessel().eval(), torch.randn(2, 4), target)
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch"])
+def test_outputs_that_are_no_tensors_are_named(name: str) -> None:
+    """As transformers' causal models give their cache beside the logits."""
+
+    class Caching(nn.Module):
+        def forward(self, values: torch.Tensor) -> dict[str, object]:
+            return {"logits": values + 1, "cache": object()}
+
+    with pytest.raises(MeasurementError, match="'cache' of the model's inputs or outputs is a object; use a tensor"):
+        session = get_runtime(name).prepare(Caching().eval(), torch.randn(2, 3), Target(runtime=name, batch_size=2))
+        session.run(np.zeros((2, 3), dtype=np.float32))
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_pooling_of_any_window_gives_what_torch_gives(name: str) -> None:
     """Adaptive windows that overlap, and one that hangs over, as VGG on small images and EfficientNet have them."""

@@ -24,7 +24,7 @@ class Structure:
 
 
 def structure_of(values: Any) -> Structure:
-    """How `values` are arranged. Raises MeasurementError where they are nested, which no runtime takes."""
+    """How `values` are arranged. Raises MeasurementError where one is nested or no array, which no runtime takes."""
     if isinstance(values, Mapping):
         structure = Structure(kind="mapping", names=tuple(str(name) for name in values))
     elif isinstance(values, tuple | list):
@@ -32,7 +32,7 @@ def structure_of(values: Any) -> Structure:
     else:
         structure = Structure(kind="single", names=("0",))
     for name, leaf in zip(structure.names, leaves_of(values), strict=True):
-        if isinstance(leaf, Mapping | tuple | list) or leaf is None:
+        if not isinstance(leaf, int | float) and getattr(leaf, "shape", None) is None:
             raise MeasurementError(
                 f"element {name!r} of the model's inputs or outputs is a {type(leaf).__name__}; "
                 "use a tensor, a tuple of tensors, or a mapping of names to tensors"
