@@ -13,6 +13,7 @@ from ranksearch.decompositions import DECOMPOSITIONS, check_choice
 from ranksearch.errors import DecompositionError, PlanError
 from ranksearch.factored import Factored
 from ranksearch.factorisations import Factorisations
+from ranksearch.inputs import check_inputs
 from ranksearch.layers import LayerSpec, build_layer, can_be_split, compressible_layers, layer_spec, layer_weight
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import (
@@ -137,7 +138,8 @@ def compress(
     refused. `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model,
     and `shared`, as shared_tensors gives it, a run of it on one example.
     Raises PlanError where the plan does not fit the model, or calibration data can be read only once; StudyError
-    where the statistics are those of another model, or lack a layer that is to be factored.
+    where the statistics are those of another model, or lack a layer that is to be factored, and where the data does
+    not fit the model's forward or lies on another device.
     """
     model = unwrapped(model)
     specs = check_plan(model, plan)
@@ -208,6 +210,7 @@ def _collect(
     inputs = next((inputs for inputs, _ in calibration), None)
     if inputs is None:
         raise PlanError("the calibration data yields nothing; pass batches of (inputs, targets)")
+    check_inputs(model, inputs)
     found = compressible_layers(model, inputs).layers
     return collect(model, {name: found[name] for name in specs if name in found}, calibration, loss)
 

@@ -25,7 +25,7 @@ from ranksearch.quantization import activation_quantizers, freeze
 from ranksearch.reading import check_own_files
 from ranksearch.spec import Batches
 from ranksearch.surgery import copy_model, unwrapped
-from ranksearch.trees import tensors
+from ranksearch.trees import named_tensors, tensors
 from ranksearch.versions import package_versions
 from ranksearch.weights import load_stored, stored_state
 from ranksearch.workbench import Workbench, to_arrays
@@ -296,9 +296,5 @@ _INPUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def named_values(values: Any) -> dict[str, Any]:
-    """Inputs or outputs by name: those of a mapping, else `0`, `1`, ..."""
-    if isinstance(values, Mapping):
-        return dict(values)
-    if isinstance(values, tuple | list):
-        return {str(i): value for i, value in enumerate(values)}
-    return {"0": values}
+    """The tensors of inputs or outputs by name or place: `0`, `1`, ...; nested ones as `states.0`."""
+    return dict(named_tensors(values))

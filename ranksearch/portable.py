@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model, evaluating, other_floats
 from ranksearch.runtimes.base import require
+from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.structure import leaves_of, port_names, structure_of
-from ranksearch.trees import count_rows, pick_rows
+from ranksearch.trees import count_rows, pick_rows, tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +75,7 @@ def _write_checked(model: "nn.Module", example: Any, folder: Path, name: str, dy
 def _check(model: "nn.Module", inputs: Any, run: Callable[[Arrays], Arrays], where: str) -> None:
     try:
         with evaluating(model):
-            wanted = [value.numpy() for value in leaves_of(call_model(model, inputs))]
+            wanted = [value.numpy() for value in tensors(call_model(model, inputs))]
         given = run([torch.as_tensor(leaf).numpy() for leaf in leaves_of(inputs)])
     except Exception as error:  # each runtime has its own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -124,7 +125,7 @@ def _write_openvino(model: "nn.Module", example: Any, folder: Path, dynamic: boo
     taken = port_names(structure_of(example), "input")
     for ports, names in (
         (converted.inputs, taken),
-        (converted.outputs, port_names(structure_of(outputs), "output", taken)),
+        (converted.outputs, port_names(flat_outputs(outputs)[0], "output", taken)),
     ):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})

@@ -17,7 +17,7 @@ from ranksearch.ladder import latency_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
 from ranksearch.spec import Data, load_study
-from ranksearch.workbench import SessionModel, Workbench, open_workbench
+from ranksearch.workbench import Workbench, open_workbench
 
 Figures = dict[str, float | None]
 
@@ -133,8 +133,7 @@ class Judge:
 
     def _score(self, session: AbstractSession, split: str) -> Scores:
         # A module, since scores of the kind evaluate(model) may use it as one.
-        model = SessionModel(session, self.bench.spec.target.batch_size).eval()
-        return self.bench.score(model, getattr(self.bench.data, split))
+        return self.bench.score(self.bench.as_model(session), getattr(self.bench.data, split))
 
 
 def drop_columns(accuracy: float, drop: Drop, prefix: str) -> Figures:

@@ -70,7 +70,10 @@ class ActivationQuantizer(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """A layer whose weight is rounded to its `weight_format`; its inputs are rounded where `activation` does so."""
+    """A layer whose weight is rounded to its `weight_format`; its inputs are rounded where `activation` does so.
+
+    It is called as torch's layer is, which names its argument `input`.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -118,8 +121,8 @@ class _Rounded(nn.Module):
 class QuantizedLinear(_Rounded):
     """A linear layer that computes as kernels on rounded weights do."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(self.activation(inputs), self.rounded_weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(self.activation(input), self.rounded_weight, self.bias)
 
 
 class _RoundedConvolution(_Rounded):
@@ -145,15 +148,15 @@ class _RoundedConvolution(_Rounded):
 class QuantizedConv1d(_RoundedConvolution):
     """A convolution over one axis that computes as kernels on rounded weights do."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return functional.conv1d(self.padded(self.activation(inputs)), self.rounded_weight, self.bias, **self.settings)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv1d(self.padded(self.activation(input)), self.rounded_weight, self.bias, **self.settings)
 
 
 class QuantizedConv2d(_RoundedConvolution):
     """A convolution over two axes that computes as kernels on rounded weights do."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return functional.conv2d(self.padded(self.activation(inputs)), self.rounded_weight, self.bias, **self.settings)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv2d(self.padded(self.activation(input)), self.rounded_weight, self.bias, **self.settings)
 
 
 QuantizedModule = QuantizedConv1d | QuantizedConv2d | QuantizedLinear

@@ -11,6 +11,7 @@ from torch.export.passes import move_to_device_pass
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear, activation_quantizers
+from ranksearch.runtimes.outputs import gives_flat_outputs
 from ranksearch.runtimes.pytorch.integers import IntegerProduct
 from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, as_computed, in_precision
 from ranksearch.runtimes.rounding import fix_weights
@@ -28,7 +29,7 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
 
     Raises MeasurementError where torch.export cannot.
     """
-    module = as_computed(model, target)
+    module = gives_flat_outputs(as_computed(model, target))
     inputs = in_precision(example, target)
     named = inputs if structure_of(inputs).kind == "mapping" else None
     placed = () if named else tuple(tensor.cpu() for tensor in leaves_of(inputs))
@@ -74,7 +75,7 @@ def exportable(model: nn.Module) -> nn.Module:
     module = fix_weights(copy_model(model).cpu().eval())
     for quantizer in activation_quantizers(module).values():
         quantizer.fix()
-    return module
+    return gives_flat_outputs(module)
 
 
 def read_program(path: Path, target: Target, place: torch.device | None) -> Loaded:

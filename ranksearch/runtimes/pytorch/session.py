@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ranksearch.errors import MeasurementError
 from ranksearch.runtimes.base import AbstractSession, available_threads, host_isa
 from ranksearch.runtimes.naming import named_layers
+from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pytorch.cuda import Accelerator, DeviceCall
 from ranksearch.runtimes.pytorch.engines import ENGINES, Engine
 from ranksearch.runtimes.pytorch.integers import IntegerProduct, integer_layers
@@ -162,7 +163,8 @@ class TorchSession(AbstractSession):
 
     def run(self, inputs: Any) -> Any:
         outputs = self._engine.run(self._inputs.tensors(inputs))
-        return structure_of(outputs).arrange([_array(leaf) for leaf in leaves_of(outputs)])
+        structure, leaves = flat_outputs(outputs)
+        return structure.arrange([_array(leaf) for leaf in leaves])
 
     def bind(self, inputs: Any) -> Callable[[], None]:
         bound = self._engine.bound(self._inputs.tensors(inputs))
