@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ranksearch"
 # floors of the design stands on a landing (a half).
 FLOORS: dict[str, float] = {
     "errors": 0, "goals": 0.5, "intervals": 0, "masking": 0, "pace": 0, "recovery_settings": 0.5, "pareto": 0,
-    "reading": 0, "retention": 0, "versions": 0,
+    "reading": 0, "retention": 0, "scores": 1.5, "versions": 0,
     "cache": 1, "evaluation": 1.5, "figures": 1, "latency_model": 1, "layers": 1, "loss_model": 1, "plan": 1, "spec": 1,
     "surgery": 1, "trees": 1, "trial_facts": 1.5, "turns": 1,
     "candidates": 2, "early_stopping": 2, "decompositions": 2, "device": 2, "home": 2, "load_example": 2, "machine": 2,
@@ -51,7 +51,10 @@ LIBRARY_ROOMS: dict[str, set[str]] = {
     "rich": {"cli"},
     "sklearn": set(),
     "tensorly": {"decompositions"},
+    "timm": {"adapters"},
     "torchao": {"runtimes"},
+    "torchvision": {"adapters"},
+    "transformers": {"adapters"},
     "typer": {"cli"},
 }
 
