@@ -24,7 +24,14 @@ _HOMES = {
     "StudySpec": "spec",
     "Target": "spec",
     "corpus_score": "spec",
-    "top1": "scoring",
+    "f1": "scores",
+    "macro_f1": "scores",
+    "nll_per_token": "scores",
+    "pair_spearman": "scores",
+    "perplexity": "scores",
+    "spearman": "scores",
+    "top1": "scores",
+    "adapters": "adapters",
     "register_decomposition": "decompositions",
     "compress": "compression",
     "expose_layers": "exposing",
@@ -65,13 +72,19 @@ __all__ = [
     "StudySpec",
     "Target",
     "__version__",
+    "adapters",
     "compress",
     "corpus_score",
     "evaluate",
     "expose_layers",
+    "f1",
     "finish",
     "load",
+    "macro_f1",
     "measure_latency",
+    "nll_per_token",
+    "pair_spearman",
+    "perplexity",
     "profile",
     "rebuild",
     "register_decomposition",
@@ -79,11 +92,13 @@ __all__ = [
     "remeasure_front",
     "save",
     "search",
+    "spearman",
     "suggest_plan",
     "top1",
 ]
 
 if TYPE_CHECKING:
+    from ranksearch import adapters
     from ranksearch.compression import compress, rebuild
     from ranksearch.decompositions import register_decomposition
     from ranksearch.errors import (
@@ -105,12 +120,13 @@ if TYPE_CHECKING:
     from ranksearch.recovery_settings import NuclearNorm, Recovery
     from ranksearch.run import evaluate, profile, search
     from ranksearch.runtimes import register_runtime
-    from ranksearch.scoring import top1
+    from ranksearch.scores import f1, macro_f1, nll_per_token, pair_spearman, perplexity, spearman, top1
     from ranksearch.search_result import SearchResult
     from ranksearch.spec import Data, Goals, Space, StudySpec, Target, corpus_score
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"ranksearch.{_HOMES[name]}"), name)
+        module = importlib.import_module(f"ranksearch.{_HOMES[name]}")
+        return module if name == _HOMES[name] else getattr(module, name)
     raise AttributeError(f"module 'ranksearch' has no attribute {name!r}")

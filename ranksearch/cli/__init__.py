@@ -70,7 +70,13 @@ def demo_command(
 
 @app.command("new")
 def new_command(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="blank, torchvision:MODEL, timm:MODEL or hf:MODEL.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="blank, torchvision:MODEL, timm:MODEL, hf:MODEL, hf-sentence:MODEL or hf-causal:MODEL.",
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="STUDY.py", help="Where to write.")] = None,
 ) -> None:
     """Write a study script to begin with."""
