@@ -12,6 +12,7 @@ _HOMES = {
     "DecompositionError": "errors",
     "RuntimeUnavailableError": "errors",
     "MeasurementError": "errors",
+    "StorageError": "errors",
     "StudyError": "errors",
     "NoPlanError": "errors",
     "LayerChoice": "plan",
@@ -68,6 +69,7 @@ __all__ = [
     "RuntimeUnavailableError",
     "SearchResult",
     "Space",
+    "StorageError",
     "StudyError",
     "StudySpec",
     "Target",
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
         PlanError,
         RankSearchError,
         RuntimeUnavailableError,
+        StorageError,
         StudyError,
     )
     from ranksearch.export import load, save

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ranksearch.decompositions import DECOMPOSITIONS
+from ranksearch.disk import told_full
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import StudyHome, write_json
@@ -91,6 +92,9 @@ def measure_controls(
             try:
                 row |= {**measure(), "summary": name}
             except Exception as error:
+                if told_full(error) is not None:
+                    # It is had once there is space.
+                    raise
                 # A record that fails costs its row, not the study, whatever a foreign quantizer raises.
                 row["summary"] = f"{name}: unavailable: {_reason(error)}"
             rows.append(row)

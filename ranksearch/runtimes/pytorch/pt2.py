@@ -1,5 +1,6 @@
 """Torch programs on disk, by torch.export, and the names of the layers in them."""
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
         raise MeasurementError(
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    torch.export.save(program, path)
+    _save(program, path)
 
 
 def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynamic: bool) -> None:
@@ -67,7 +68,14 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynami
         raise MeasurementError(
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    torch.export.save(program, path)
+    _save(program, path)
+
+
+def _save(program: ExportedProgram, path: Path) -> None:
+    # By way of memory: on a full disk torch's own writer ends the process (`terminate called`).
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def exportable(model: nn.Module) -> nn.Module:
