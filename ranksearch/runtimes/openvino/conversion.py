@@ -22,6 +22,7 @@ from ranksearch.runtimes.openvino.weights import keep_bits
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
+from ranksearch.runtimes.tracing import KnownOperators
 
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
 NOTE = "ranksearch_layer"
@@ -152,7 +153,7 @@ def _constant_address(source: Any) -> int | None:
 
 def _trace(flat: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
     """The function's trace. A function, not a module: torch would script each submodule, which takes longest."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), KnownOperators():
         # torch.jit is deprecated, but what replaces it takes seconds per model.
         warnings.simplefilter("ignore")
         return cast(Any, torch.jit.trace)(flat, leaves, check_trace=False, strict=False)
