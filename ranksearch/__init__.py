@@ -12,6 +12,7 @@ _HOMES = {
     "DecompositionError": "errors",
     "RuntimeUnavailableError": "errors",
     "MeasurementError": "errors",
+    "StorageError": "errors",
     "StudyError": "errors",
     "NoPlanError": "errors",
     "LayerChoice": "plan",
@@ -24,9 +25,17 @@ _HOMES = {
     "StudySpec": "spec",
     "Target": "spec",
     "corpus_score": "spec",
-    "top1": "scoring",
+    "f1": "scores",
+    "macro_f1": "scores",
+    "nll_per_token": "scores",
+    "pair_spearman": "scores",
+    "perplexity": "scores",
+    "spearman": "scores",
+    "top1": "scores",
+    "adapters": "adapters",
     "register_decomposition": "decompositions",
     "compress": "compression",
+    "expose_layers": "exposing",
     "rebuild": "compression",
     "register_runtime": "runtimes",
     "measure_latency": "latency",
@@ -60,16 +69,24 @@ __all__ = [
     "RuntimeUnavailableError",
     "SearchResult",
     "Space",
+    "StorageError",
     "StudyError",
     "StudySpec",
     "Target",
     "__version__",
+    "adapters",
     "compress",
     "corpus_score",
     "evaluate",
+    "expose_layers",
+    "f1",
     "finish",
     "load",
+    "macro_f1",
     "measure_latency",
+    "nll_per_token",
+    "pair_spearman",
+    "perplexity",
     "profile",
     "rebuild",
     "register_decomposition",
@@ -77,11 +94,13 @@ __all__ = [
     "remeasure_front",
     "save",
     "search",
+    "spearman",
     "suggest_plan",
     "top1",
 ]
 
 if TYPE_CHECKING:
+    from ranksearch import adapters
     from ranksearch.compression import compress, rebuild
     from ranksearch.decompositions import register_decomposition
     from ranksearch.errors import (
@@ -91,9 +110,11 @@ if TYPE_CHECKING:
         PlanError,
         RankSearchError,
         RuntimeUnavailableError,
+        StorageError,
         StudyError,
     )
     from ranksearch.export import load, save
+    from ranksearch.exposing import expose_layers
     from ranksearch.full_training import finish
     from ranksearch.latency import measure_latency
     from ranksearch.optimization import PriceSampler, ResolvedLimits, suggest_plan
@@ -102,12 +123,13 @@ if TYPE_CHECKING:
     from ranksearch.recovery_settings import NuclearNorm, Recovery
     from ranksearch.run import evaluate, profile, search
     from ranksearch.runtimes import register_runtime
-    from ranksearch.scoring import top1
+    from ranksearch.scores import f1, macro_f1, nll_per_token, pair_spearman, perplexity, spearman, top1
     from ranksearch.search_result import SearchResult
     from ranksearch.spec import Data, Goals, Space, StudySpec, Target, corpus_score
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"ranksearch.{_HOMES[name]}"), name)
+        module = importlib.import_module(f"ranksearch.{_HOMES[name]}")
+        return module if name == _HOMES[name] else getattr(module, name)
     raise AttributeError(f"module 'ranksearch' has no attribute {name!r}")

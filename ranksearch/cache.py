@@ -1,14 +1,19 @@
 """Results on disk by the content that determined them, under a size limit."""
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
 import stat
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 1 << 30
 HASH_BYTES = 32
@@ -37,13 +42,25 @@ def content_hash(*parts: object) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes aside, then renames: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as aside:
+        try:
+            aside.write_bytes(data)
+        except OSError as error:
+            # Of a write that failed the system names no file.
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside it to write to, which takes its place when the block ends well; else it stays as it is."""
     # No tempfile: its files are for their owner alone, and these may be read as any other.
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        aside.write_bytes(data)
+        yield aside
         aside.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise
 
 
@@ -51,7 +68,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 class Cache:
     """Entries under `directory`, the least recently used dropped beyond `max_bytes`.
 
-    A cache that cannot be read or written costs time, never a result: its errors are swallowed here.
+    A cache that cannot be read or written costs time, never a result: its errors end here, with one warning.
     """
 
     directory: Path
@@ -74,9 +91,11 @@ class Cache:
 
     def put(self, key: str, content: bytes) -> None:
         """Keeps `content` under `key`."""
-        with contextlib.suppress(OSError):
+        try:
             write_atomically(self.directory / key, hashlib.sha256(content).digest() + content)
             self._evict()
+        except OSError as error:
+            _warn_once(self.directory.parent, error.strerror or str(error))
 
     def _evict(self) -> None:
         files = [(path.lstat(), path) for path in self.directory.iterdir() if path.is_file()]
@@ -86,3 +105,9 @@ class Cache:
                 return
             path.unlink(missing_ok=True)
             total -= status.st_size
+
+
+@functools.cache
+def _warn_once(directory: Path, reason: str) -> None:
+    text = "the cache in %s cannot be written (%s): what it lacks is computed again each time; set RANKSEARCH_CACHE"
+    logger.warning(text, directory, reason)

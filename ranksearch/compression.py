@@ -1,6 +1,5 @@
 """Apply a plan to a model: `rebuild` makes the architecture, `compress` also fills it."""
 
-import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -8,12 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ranksearch.decompositions import DECOMPOSITIONS, check_choice
 from ranksearch.errors import DecompositionError, PlanError
 from ranksearch.factored import Factored
 from ranksearch.factorisations import Factorisations
-from ranksearch.layers import LayerSpec, build_layer, compressible_layers, layer_spec, layer_weight
+from ranksearch.inputs import check_inputs
+from ranksearch.layers import LayerSpec, build_layer, can_be_split, compressible_layers, layer_spec, layer_weight
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import (
     CODE_LIMIT,
@@ -36,7 +37,7 @@ from ranksearch.rounding import round_weights, sample_outputs
 from ranksearch.spec import Batches
 from ranksearch.statistics import LayerStatistics, check_complete, collect
 from ranksearch.statistics.rows import first_inputs
-from ranksearch.surgery import replace_modules
+from ranksearch.surgery import copy_model, replace_modules, unwrapped
 from ranksearch.trees import first_examples
 
 PLACEHOLDER_SEED = 0
@@ -71,14 +72,13 @@ def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
 
 def _checked(name: str, module: nn.Module, choice: LayerChoice) -> LayerSpec:
     spec = layer_spec(module)
+    if parametrize.is_parametrized(module) or (spec is not None and module._parameters.get("weight") is None):
+        raise PlanError(f"layer {name!r}: its weight is computed from others; rs.expose_layers makes it plain")
     if spec is None:
+        split = "; rs.expose_layers splits it into Linears" if can_be_split(module) else ""
         raise PlanError(
             f"layer {name!r} is a {type(module).__name__}; only Linear, Conv1d, Conv2d and transformers' Conv1D "
-            "can be compressed"
-        )
-    if module._parameters.get("weight") is None:
-        raise PlanError(
-            f"layer {name!r}: its weight is computed from others; remove weight_norm or spectral_norm first"
+            f"can be compressed{split}"
         )
     _check_bits(name, choice)
     try:
@@ -109,8 +109,9 @@ def rebuild(
     shared_tensors gives it, knows a tensor that 8-bit layers alone multiply. Raises PlanError where the plan does not
     fit the model.
     """
+    model = unwrapped(model)
     specs = check_plan(model, plan)
-    rebuilt = copy.deepcopy(model)
+    rebuilt = copy_model(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(PLACEHOLDER_SEED)
         built = {name: _placeholder(model.get_submodule(name), plan.choice(name)) for name in specs}
@@ -137,8 +138,10 @@ def compress(
     refused. `statistics` (or `factorisations`, which hold them) save a second calibration pass over the dense model,
     and `shared`, as shared_tensors gives it, a run of it on one example.
     Raises PlanError where the plan does not fit the model, or calibration data can be read only once; StudyError
-    where the statistics are those of another model, or lack a layer that is to be factored.
+    where the statistics are those of another model, or lack a layer that is to be factored, and where the data does
+    not fit the model's forward or lies on another device.
     """
+    model = unwrapped(model)
     specs = check_plan(model, plan)
     if isinstance(calibration, Iterator):
         raise PlanError("calibration data is read several times: pass a list or a DataLoader, not an iterator")
@@ -152,7 +155,7 @@ def compress(
             check_complete(statistics, factored)
     with torch.random.fork_rng(devices=[]):  # modules draw weights before they are filled
         built = {name: _filled(model, name, plan.choice(name), factorisations) for name in specs}
-    compressed = replace_modules(copy.deepcopy(model), built)
+    compressed = replace_modules(copy_model(model), built)
     last_factors = _last_factors(built, plan)
     if calibration is not None and last_factors:
         refit_last_factors(compressed, last_factors, model, calibration)
@@ -207,6 +210,7 @@ def _collect(
     inputs = next((inputs for inputs, _ in calibration), None)
     if inputs is None:
         raise PlanError("the calibration data yields nothing; pass batches of (inputs, targets)")
+    check_inputs(model, inputs)
     found = compressible_layers(model, inputs).layers
     return collect(model, {name: found[name] for name in specs if name in found}, calibration, loss)
 

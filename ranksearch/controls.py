@@ -1,6 +1,5 @@
 """What a user has without a search: plans that every study tries first, and records beside them."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ranksearch.decompositions import DECOMPOSITIONS
+from ranksearch.disk import told_full
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import StudyHome, write_json
@@ -18,6 +18,7 @@ from ranksearch.recovery import recover
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge, drop_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import paired_drop
+from ranksearch.surgery import copy_model
 from ranksearch.workbench import Workbench
 
 Row = dict[str, Any]
@@ -91,6 +92,9 @@ def measure_controls(
             try:
                 row |= {**measure(), "summary": name}
             except Exception as error:
+                if told_full(error) is not None:
+                    # It is had once there is space.
+                    raise
                 # A record that fails costs its row, not the study, whatever a foreign quantizer raises.
                 row["summary"] = f"{name}: unavailable: {_reason(error)}"
             rows.append(row)
@@ -138,7 +142,7 @@ def _session_row(judge: Judge, session: AbstractSession, dense_latency_ms: float
 def _fine_tuned_row(bench: Workbench, dense_latency_ms: float) -> Row:
     """Dense after the trials' own fine-tuning: what of a plan's accuracy is training, not the plan."""
     spec = bench.spec
-    model = copy.deepcopy(bench.model)
+    model = copy_model(bench.model)
     recover(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
     return _dense_row(bench, model.eval(), dense_latency_ms)
 

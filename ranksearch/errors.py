@@ -6,6 +6,7 @@ RankSearchError
 ├── RuntimeUnavailableError   a runtime that is unknown or not installed
 ├── MeasurementError          a latency or a score that could not be measured
 ├── StudyError                a study script, its data or its goals that cannot be used
+├── StorageError              a disk or a database that takes nothing more while a study runs
 └── NoPlanError               goals that no plan of the study meets
 """
 
@@ -32,6 +33,10 @@ class MeasurementError(RankSearchError):
 
 class StudyError(RankSearchError):
     """A study script, its data or its goals that cannot be used."""
+
+
+class StorageError(RankSearchError):
+    """A disk or a database that takes nothing more; what was finished is kept, and the same command goes on."""
 
 
 class NoPlanError(RankSearchError):

@@ -1,6 +1,5 @@
 """Save, load and verify compressed models."""
 
-import copy
 import hashlib
 import shutil
 import uuid
@@ -15,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ranksearch.cache import content_hash
+from ranksearch.cache import content_hash, replacing, write_atomically
 from ranksearch.compression import calibrate_ranges, rebuild
+from ranksearch.disk import at_the_door, check_room
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.home import read_json, write_json
 from ranksearch.layers import call_model, evaluating
@@ -25,7 +25,8 @@ from ranksearch.plan import Plan, Provenance, Quantizer
 from ranksearch.quantization import activation_quantizers, freeze
 from ranksearch.reading import check_own_files
 from ranksearch.spec import Batches
-from ranksearch.trees import tensors
+from ranksearch.surgery import copy_model, unwrapped
+from ranksearch.trees import named_tensors, tensors
 from ranksearch.versions import package_versions
 from ranksearch.weights import load_stored, stored_state
 from ranksearch.workbench import Workbench, to_arrays
@@ -40,6 +41,8 @@ PLAN, WEIGHTS, RUNTIME, EXAMPLE, REPORT = (
 # Weights may be stored in a wider type than the model's that they are loaded into.
 MOST_TIMES, HEADER_BYTES = 4, 1 << 20
 MAX_EXAMPLE_BYTES = 4 << 30
+# An artefact holds as floats what the weights' file holds as bits.
+ARTEFACT_TIMES = 4
 
 
 def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Batches | None = None) -> Plan:
@@ -51,13 +54,15 @@ def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Ba
     SHA-256 of the weights. With `calibration` raises PlanError where weights are not finite, or what is read gives
     other outputs.
     """
+    model = unwrapped(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if calibration is not None:
         _check_finite(model)
         calibrate_ranges(model, calibration)
     freeze(model)
-    save_file(_apart(stored_state(model)), folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as aside:
+        save_file(_apart(stored_state(model)), aside)
     if calibration is not None:
         _check_read_again(model, folder / WEIGHTS, calibration)
     provenance = plan.provenance or Provenance()
@@ -69,7 +74,7 @@ def save(model: nn.Module, plan: Plan, directory: str | Path, *, calibration: Ba
             ),
         }
     )
-    (folder / PLAN).write_text(written.to_json(), encoding="utf-8")
+    write_atomically(folder / PLAN, written.to_json().encode())
     return written
 
 
@@ -81,7 +86,7 @@ def _check_finite(model: nn.Module) -> None:
 
 def _check_read_again(model: nn.Module, weights: Path, calibration: Batches) -> None:
     """Raises PlanError where the file's weights do not give the model's outputs, to the bit."""
-    again = copy.deepcopy(model)
+    again = copy_model(model)
     load_stored(again, load_file(weights))
     inputs = next(iter(calibration))[0]
     with evaluating(model), evaluating(again):
@@ -179,7 +184,7 @@ def export_bundle(
     # What the weights were made with, and not what the study began with.
     written = (plan.provenance or Provenance()).model_dump(include={"versions", "sha256", "seed"}, exclude_none=True)
     plan = plan.model_copy(update={"provenance": provenance.model_copy(update=written)})
-    with written_aside(destination) as folder:
+    with at_the_door(destination, "choose another folder"), written_aside(destination) as folder:
         for path in filter(Path.is_file, bundle.iterdir()):
             shutil.copy2(path, folder / path.name)
         (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
@@ -218,9 +223,23 @@ def written_aside(directory: Path) -> Iterator[Path]:
         if directory.exists():
             directory.rename(old)
         aside.rename(directory)
+    except Exception as error:
+        # Libraries that write files themselves may tell no more than that they failed.
+        _check_not_full(aside, directory, error)
+        raise
     finally:
+        if old.exists() and not directory.exists():
+            old.rename(directory)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_not_full(aside: Path, directory: Path, error: Exception) -> None:
+    """Raises OSError from the `error` where a full disk is behind it, as the room for what was to be written tells."""
+    try:
+        check_room(aside, ARTEFACT_TIMES * sum(path.stat().st_size for path in aside.iterdir()))
+    except OSError as full:
+        raise OSError(full.errno, full.strerror, str(directory)) from error
 
 
 def sweep(folder: Path) -> None:
@@ -295,9 +314,5 @@ _INPUTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def named_values(values: Any) -> dict[str, Any]:
-    """Inputs or outputs by name: those of a mapping, else `0`, `1`, ..."""
-    if isinstance(values, Mapping):
-        return dict(values)
-    if isinstance(values, tuple | list):
-        return {str(i): value for i, value in enumerate(values)}
-    return {"0": values}
+    """The tensors of inputs or outputs by name or place: `0`, `1`, ...; nested ones as `states.0`."""
+    return dict(named_tensors(values))

@@ -69,6 +69,7 @@ class _Study(_Record):
     script: str | None = None
     skipped: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    last_run: dict[str, str] = Field(default_factory=dict)
     model: _Model | None = None
     data: _Data | None = None
 

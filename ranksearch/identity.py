@@ -70,7 +70,8 @@ def profile_identity(bench: Workbench, controls: Sequence[Plan]) -> str:
 def function_identity(function: Any) -> str:
     """The function's name, and a hash of its source where there is one."""
     if isinstance(function, CorpusScore):
-        return f"corpus {function_identity(function.function)}"
+        reduced = "" if function.reduce is None else f" of {function_identity(function.reduce)}"
+        return f"corpus {function_identity(function.function)}{reduced}"
     if isinstance(function, functools.partial):
         settings = {"args": repr(function.args), "keywords": repr(sorted(function.keywords.items()))}
         return f"partial {function_identity(function.func)} {content_hash(settings)[:12]}"

@@ -166,9 +166,15 @@ def measure_latency(
 
     Takes the device's lock, and keeps to the target's cores; options are those of compare. Raises
     RuntimeUnavailableError where the target cannot be run here, and MeasurementError where the example has another
-    batch size than the target, the target more threads than there are cores, or a model fails while it is timed.
+    batch size than the target, the target more threads than there are cores, a model other floats than float32, or
+    one fails while it is timed.
     """
+    from ranksearch.layers import other_floats  # whoever opens and times files does without torch
+
     _check_batch_size(example, target)
+    for model in (candidate, reference):
+        if (told := other_floats(model)) is not None:
+            raise MeasurementError(f"{type(model).__name__}: {told}")
     check_cores(target)
     with timed_cores(target):
         runtime = get_runtime(target.runtime)

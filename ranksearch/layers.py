@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ class ConvSpec:
 
 LayerSpec = LinearSpec | ConvSpec
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
+_PRECISIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}
+# What is a layer, or becomes one by rs.expose_layers.
+_KINDS = (nn.Linear, *_CONVOLUTIONS.values(), nn.MultiheadAttention)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +120,20 @@ def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv1d | nn.Conv2d:
     )
 
 
+def other_floats(model: nn.Module) -> str | None:
+    """What to do about a model whose parameters are not all float32, in which models are measured; None where they are.
+
+    Runtimes lower the precision of a float32 model by their target's, and have kernels or none for other floats.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            told = _PRECISIONS.get(parameter.dtype)
+            wanted = f", and Target(precision={told!r}) to run it in such floats" if told else ""
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            return f"parameter {name!r} is {dtype}, and models are measured in float32: give model.float(){wanted}"
+    return None
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Calls the model as users write it: a tensor as model(x), a tuple as model(*x), a mapping as model(**x)."""
     if isinstance(inputs, Mapping):
@@ -170,10 +187,10 @@ def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
         for handle in handles:
             handle.remove()
 
-    users, readers = _weight_users(model), _direct_readers(model)
+    users, readers = weight_users(model), _direct_readers(model)
     skipped = {}
     for name, spec in specs.items():
-        reason = _reason_to_skip(modules[name], spec, name in calls, users) or readers.get(id(modules[name]))
+        reason = readers.get(id(modules[name])) or _reason_to_skip(modules[name], spec, name in calls, users)
         if reason is not None:
             skipped[name] = reason
     layers = {name: _layer_info(name, modules[name], shapes) for name, shapes in calls.items() if name not in skipped}
@@ -237,27 +254,50 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _direct_readers(model: nn.Module) -> dict[int, str]:
     """Why layers must stay what they are, by the identity of those whose weight torch reads without calling them."""
-    blocks = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    layers = [layer for block in blocks for layer in (block.linear1, block.linear2)]
-    return {id(layer): "TransformerEncoderLayer reads its weight without calling it" for layer in layers}
+    reasons: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            told = "rs.expose_layers splits it" if can_be_split(module) else "it cannot be split"
+            reasons[id(module.out_proj)] = f"MultiheadAttention reads its weight without calling it; {told}"
+        # After rs.expose_layers the block has another attention, and calls its layers.
+        elif isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.self_attn, nn.MultiheadAttention):
+            reason = "TransformerEncoderLayer reads its weight without calling it; rs.expose_layers has it called"
+            reasons |= dict.fromkeys((id(module.linear1), id(module.linear2)), reason)
+    return reasons
 
 
-def _weight_users(model: nn.Module) -> dict[int, int]:
+def can_be_split(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Whether it is an nn.MultiheadAttention that rs.expose_layers splits: of plain layers, with no added key."""
+    return (
+        type(module) is nn.MultiheadAttention
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and isinstance(module.out_proj, nn.Linear)
+        and not parametrize.is_parametrized(module)
+    )
+
+
+def weight_users(model: nn.Module) -> dict[int, int]:
     """How many modules hold each parameter, by the parameter's identity."""
     held = [parameter for module in model.modules() for parameter in module._parameters.values()]
     return Counter(id(parameter) for parameter in held if parameter is not None)
 
 
 def _reason_to_skip(module: nn.Module, spec: LayerSpec | None, called: bool, users: Mapping[int, int]) -> str | None:
-    if spec is None:
-        return f"{type(module).__name__} is not supported"
-    if "weight" not in module._parameters:
-        return "its weight is computed from other parameters (weight_norm, spectral_norm)"
-    if not called:
-        return "the example never runs it"
+    kind = parametrize.type_before_parametrizations(module)
+    if kind not in _KINDS and spec is None:
+        return f"{kind.__name__} is not supported"
     if any(users[id(parameter)] > 1 for parameter in module.parameters()):
         return "its weight is tied to another module's"
-    return None
+    if kind is nn.MultiheadAttention:
+        told = "rs.expose_layers splits it into Linears" if can_be_split(module) else "it cannot be split"
+        return f"MultiheadAttention multiplies by weights of its own; {told}"
+    if "weight" not in module._parameters:
+        return (
+            "its weight is computed from other parameters (weight_norm, spectral_norm, pruning); "
+            "rs.expose_layers makes it plain"
+        )
+    return None if called else "the example never runs it"
 
 
 def _macs(spec: LayerSpec, output_shape: tuple[int, ...]) -> int:

@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from ranksearch.errors import MeasurementError
-from ranksearch.layers import call_model, evaluating
+from ranksearch.layers import call_model, evaluating, other_floats
 from ranksearch.runtimes.base import require
+from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.structure import leaves_of, port_names, structure_of
-from ranksearch.trees import count_rows, pick_rows
+from ranksearch.trees import count_rows, pick_rows, tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,10 +49,13 @@ def write_portable(
 ) -> list[Path]:
     """Writes the model in each of the `formats`, `portable.*` in the folder, and compares it with torch's outputs.
 
-    The batch is whatever comes where it is `dynamic`, else that of the example. Inputs and outputs bear the names of a
-    mapping's keys, else `input_0`, `output_0` and so on. Raises MeasurementError where a format cannot hold the model
-    or what is read gives other outputs; RuntimeUnavailableError where what writes or reads it is not installed.
+    The batch is whatever comes where it is `dynamic`, else that of the example. Inputs and outputs bear the names
+    of a mapping's keys, else `input_0`, `output_0` and so on. Raises MeasurementError where the model has other
+    floats than float32, a format cannot hold it, or what is read gives other outputs; RuntimeUnavailableError where
+    what writes or reads it is not installed.
     """
+    if (told := other_floats(model)) is not None:
+        raise MeasurementError(told)
     return [_write_checked(model, example, folder, name, dynamic) for name in formats]
 
 
@@ -71,7 +75,7 @@ def _write_checked(model: "nn.Module", example: Any, folder: Path, name: str, dy
 def _check(model: "nn.Module", inputs: Any, run: Callable[[Arrays], Arrays], where: str) -> None:
     try:
         with evaluating(model):
-            wanted = [value.numpy() for value in leaves_of(call_model(model, inputs))]
+            wanted = [value.numpy() for value in tensors(call_model(model, inputs))]
         given = run([torch.as_tensor(leaf).numpy() for leaf in leaves_of(inputs)])
     except Exception as error:  # each runtime has its own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -121,7 +125,7 @@ def _write_openvino(model: "nn.Module", example: Any, folder: Path, dynamic: boo
     taken = port_names(structure_of(example), "input")
     for ports, names in (
         (converted.inputs, taken),
-        (converted.outputs, port_names(structure_of(outputs), "output", taken)),
+        (converted.outputs, port_names(flat_outputs(outputs)[0], "output", taken)),
     ):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})

@@ -1,6 +1,5 @@
 """What plans are cut from: the dense model, or it as Recovery.prepare makes it, once for all studies alike."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ranksearch.cache import Cache, cache_directory, content_hash
 from ranksearch.recovery import Step, prepare_dense
 from ranksearch.spec import Data, StudySpec
+from ranksearch.surgery import copy_model
 from ranksearch.trees import tensor_bytes, tensors
 
 MAX_BYTES = 4 << 30
@@ -59,7 +59,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model with these weights."""
-    copied = copy.deepcopy(model)
+    copied = copy_model(model)
     copied.load_state_dict(weights)
     return copied
 

@@ -1,6 +1,5 @@
 """Compression in stages: cut a little, train a little, cut more; for plans that leave little of a model."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.layers import ConvSpec, LayerSpec, build_layer, layer_spec
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.recovery.factors import product
-from ranksearch.surgery import replace_modules
+from ranksearch.surgery import copy_model, replace_modules
 
 # A compressed copy of a model by a plan; and a training in place for this share of the budget.
 Cut = Callable[[nn.Module, Plan], nn.Module]
@@ -64,7 +63,7 @@ def multiplied_out(model: nn.Module, source: nn.Module, plan: Plan) -> nn.Module
         assert spec is not None, "a plan names layers"
         weight, bias = product(tuple(model.get_submodule(name).children()))
         plain[name] = _layer(spec, weight.detach(), bias)
-    return replace_modules(copy.deepcopy(model), plain)
+    return replace_modules(copy_model(model), plain)
 
 
 def _layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Module:

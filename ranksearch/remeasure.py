@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ranksearch.device import other_cores
-from ranksearch.errors import MeasurementError
+from ranksearch.disk import under_way
+from ranksearch.errors import MeasurementError, StorageError
 from ranksearch.home import StudyHome, artefact_of, write_json
 from ranksearch.home_records import figures_again
 from ranksearch.ladder import latency_columns
 from ranksearch.runtimes import AbstractSession
 from ranksearch.scoring import Drop, Scores, paired_drop
 from ranksearch.spec import Data, load_study
-from ranksearch.workbench import SessionModel, Workbench, open_workbench
+from ranksearch.workbench import Workbench, open_workbench
 
 Figures = dict[str, float | None]
 
@@ -25,6 +26,8 @@ Figures = dict[str, float | None]
 MAX_LATENCY_SECONDS = 2.0
 # Plans that are open at once, to be timed beside each other; memory holds them all.
 N_TOGETHER = 8
+# As the command line has it: run again.
+EXIT_FULL = 75
 
 
 def remeasure_in_fresh_process(
@@ -37,7 +40,7 @@ def remeasure_in_fresh_process(
     """Measures the plans in a process of its own, which imports the study script, and stores their figures.
 
     Ends early once `should_stop` says so: each plan's figures are stored as it ends. Raises MeasurementError with
-    the last line that the process wrote where it fails.
+    the last line that the process wrote where it fails, StorageError where a full disk is behind that.
     """
     # Not multiprocessing: its children run the user's main script again.
     words = [sys.executable, "-m", "ranksearch.remeasure", str(script), str(home.directory), repr(dense_latency_ms)]
@@ -56,6 +59,8 @@ def remeasure_in_fresh_process(
                 process.wait()
         said.seek(0)
         last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
+    if process.returncode == EXIT_FULL and not should_stop():
+        raise StorageError(last)
     if process.returncode != 0 and not should_stop():
         raise MeasurementError(f"measuring the front again in a fresh process failed: {last}")
 
@@ -133,8 +138,7 @@ class Judge:
 
     def _score(self, session: AbstractSession, split: str) -> Scores:
         # A module, since scores of the kind evaluate(model) may use it as one.
-        model = SessionModel(session, self.bench.spec.target.batch_size).eval()
-        return self.bench.score(model, getattr(self.bench.data, split))
+        return self.bench.score(self.bench.as_model(session), getattr(self.bench.data, split))
 
 
 def drop_columns(accuracy: float, drop: Drop, prefix: str) -> Figures:
@@ -165,8 +169,13 @@ def main() -> None:
     """`python -m ranksearch.remeasure SCRIPT HOME DENSE_LATENCY_MS PLAN_HASH...`"""
     script, directory, dense_latency_ms, *plan_hashes = sys.argv[1:]
     study = load_study(script)
-    with other_cores(study.target):
-        remeasure_plans(open_workbench(study), StudyHome(Path(directory)), plan_hashes, float(dense_latency_ms))
+    home = StudyHome(Path(directory))
+    try:
+        with other_cores(study.target), under_way(home.directory):
+            remeasure_plans(open_workbench(study), home, plan_hashes, float(dense_latency_ms))
+    except StorageError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_FULL)
 
 
 if __name__ == "__main__":

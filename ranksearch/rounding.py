@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import call_model, evaluating, layer_spec, layer_weight
+from ranksearch.layers import call_model, evaluating, first_argument, layer_spec, layer_weight
 from ranksearch.quantization import QuantizedModule, compensated, quantized_modules
 from ranksearch.statistics.least_squares import relative_error, solve, solve_centred
 from ranksearch.statistics.patches import count_groups, count_taps
@@ -62,7 +62,8 @@ def round_weights(model: nn.Module, wanted: Mapping[str, OutputRows], inputs: An
     with evaluating(model), temporary_hooks() as handles:
         for name, module in quantized_modules(model).items():
             if name in wanted and module.weight.requires_grad:
-                handles.append(module.register_forward_hook(_Rounder(name, wanted[name], results)))
+                rounder = _Rounder(name, wanted[name], results)
+                handles.append(module.register_forward_hook(rounder, with_kwargs=True))
         call_model(model, inputs)
     return results
 
@@ -81,13 +82,16 @@ class _Rounder:
     def __init__(self, name: str, wanted: OutputRows, results: dict[str, Rounding]) -> None:
         self.name, self.wanted, self.results = name, wanted, results
 
-    def __call__(self, module: QuantizedModule, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def __call__(
+        self, module: QuantizedModule, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> Tensor | None:
         if self.name in self.results:  # the corrected output is being computed
             return None
         levels = module.weight_format.levels(module.grid, module.weight.shape)
         if levels is None:
             return None
-        rows = input_rows(module.spec, module.activation(arguments[0]), output, self.wanted.index).double()
+        inputs = first_argument(arguments, named)
+        rows = input_rows(module.spec, module.activation(inputs), output, self.wanted.index).double()
         if not bool(rows.isfinite().all()):
             raise StudyError(f"layer {self.name!r}: its inputs on calibration data are not finite (NaN or infinity)")
         groups, _, n_inputs = rows.shape
@@ -103,13 +107,13 @@ class _Rounder:
         self.results[self.name] = Rounding(plain=errors[0], chosen=min(errors))
         if not errors[1] < errors[0]:
             return None
-        return self._changed(module, arguments, *tried[1])
+        return self._changed(module, inputs, *tried[1])
 
-    def _changed(self, module: QuantizedModule, arguments: tuple[Tensor, ...], weight: Tensor, bias: Tensor) -> Tensor:
+    def _changed(self, module: QuantizedModule, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         module.weight.copy_(weight.reshape(module.weight.shape))
         if module.bias is not None:
             module.bias.copy_(bias.flatten())
-        corrected: Tensor = module(*arguments)
+        corrected: Tensor = module(inputs)
         return corrected
 
 

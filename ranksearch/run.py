@@ -13,16 +13,19 @@ from ranksearch.candidates import Profile
 from ranksearch.compression import check_plan
 from ranksearch.controls import control_plans, measure_controls
 from ranksearch.device import other_cores
+from ranksearch.disk import at_the_door, check_room, under_way
 from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.executors import DEFAULT_EXECUTOR, Setting, check_executor, open_executor
 from ranksearch.export import sweep
 from ranksearch.home import DEFAULT_HOME, StudyHome, read_json
+from ranksearch.home_records import study_record
 from ranksearch.identity import study_identity
 from ranksearch.ladder import Evaluator, Terms
 from ranksearch.listener import LOG_WEIGHTS, Listener, LogWeights, Progress, Silent, open_tracker, preparing
 from ranksearch.optimization import (
     DEFAULT_SAMPLER,
+    OTHER_HOME,
     DropEstimator,
     ResolvedLimits,
     check_storage,
@@ -40,6 +43,7 @@ from ranksearch.pace import Paced
 from ranksearch.plan import Plan
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, remeasure_in_fresh_process, remeasure_plans, unmeasured
 from ranksearch.results import Row, evaluation_row, resolve_goals
+from ranksearch.resuming import resume_story, run_settings
 from ranksearch.search_result import SearchResult
 from ranksearch.session import (
     Session,
@@ -48,15 +52,17 @@ from ranksearch.session import (
     dense_latency,
     make_profile,
     prepare,
-    remember_script,
+    remember_run,
     start_over,
 )
 from ranksearch.spec import Data, StudySpec
-from ranksearch.tracking import resolve_tracking_uri
+from ranksearch.tracking import check_tracking
 from ranksearch.workbench import Workbench, open_workbench
 
 DEFAULT_TRIALS = 50
 NO_END = 1_000_000
+# What a trial's weights and artefact may take, beside what they replace, in sizes of the dense model.
+TIMES_DENSE = 3
 
 
 def search(
@@ -88,7 +94,8 @@ def search(
     script, the front is measured again in a fresh process, else in this one. Plans are evaluated where the `executor`
     says, by so many `workers`; a trial that takes longer than `trial_limit_s` there fails. Raises StudyError
     and its siblings for what cannot be used, before anything of an earlier study is touched; KeyboardInterrupt where
-    it shall stop before its first trial. A trial that fails is recorded and the study goes on.
+    it shall stop before its first trial; StorageError where a disk or a database takes nothing more: the same call
+    goes on. A trial that fails is recorded and the study goes on.
     """
     request = _Request(
         trials=trials, more_trials=more_trials, time_limit_s=time_limit_s, sampler=sampler, storage=storage,
@@ -101,8 +108,8 @@ def search(
     if log_weights not in LOG_WEIGHTS:
         raise StudyError(f"log_weights {log_weights!r} is unknown; it is one of {', '.join(LOG_WEIGHTS)}")
     find_sampler(sampler)
-    check_executor(executor, script, workers)
-    resolve_tracking_uri(tracking_uri)
+    check_executor(executor, script, workers, trial_limit_s)
+    check_tracking(tracking_uri)
     if storage is not None:
         # Now, and not after an hour of profiling.
         check_storage(storage)
@@ -115,9 +122,11 @@ def search(
         request = replace(request, opening_s=time.monotonic() - opening)
         # Units that do not fit the score are told of now, whatever the latency will be.
         resolve_goals(study.goals, bench.dense.scores.value, 1.0, bench.dense.model_bytes)
+        with at_the_door(place.directory, OTHER_HOME):
+            check_room(place.directory, TIMES_DENSE * bench.dense.model_bytes)
         if new:
             start_over(place)
-        with coordinator_lock(place.directory, around=True):
+        with coordinator_lock(place.directory, around=True), under_way(place.directory):
             return _search(bench, place, request, new, told)
 
 
@@ -204,6 +213,7 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
 
     if request.storage is not None and not new:
         adopt(place, request.storage, spec.name)
+    begun = study_record(place)
     sweep(place.plans)
     session = prepare(bench, place, stage)
     # Resolved against the figures of the study's start, so that a resume does not move the goals.
@@ -218,14 +228,18 @@ def _search(bench: Workbench, place: StudyHome, request: _Request, new: bool, to
         new=new,
     ) as optuna_study:
         publish(optuna_study, *beginning(place))
-        remember_script(place, request.script)
+        history = read_records(optuna_study)
+        settings = run_settings(spec, request.sampler, request.executor, request.n_workers)
+        for sentence in resume_story(begun, history, settings) if begun else ():
+            told.stage(f"resuming: {sentence}")
+        remember_run(place, request.script, settings)
         for sentence in out_of_reach(session.profile, limits):
             stage(f"warning: {sentence}")
         stage("opening MLflow")
         tracker = open_tracker(bench, session, request.tracking_uri, request.experiment, request.sampler)
         estimator = DropEstimator(session.profile, drop_unit(session.dense_accuracy))
         listener = Listener(
-            spec.objectives, limits, estimator, place, tracker, told, read_records(optuna_study),
+            spec.objectives, limits, estimator, place, tracker, told, history,
             log_weights=request.log_weights,
         )  # fmt: skip
         with _ended(listener, request.should_stop):

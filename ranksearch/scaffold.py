@@ -24,7 +24,9 @@ SCAFFOLDS: Mapping[str, Scaffold] = {
     "blank": Scaffold(file="blank.txt", tested=True),
     "torchvision": Scaffold(file="torchvision.txt", example="resnet18"),
     "timm": Scaffold(file="timm.txt", example="vit_small_patch16_224"),
-    "hf": Scaffold(file="hf.txt", example="distilbert-base-uncased-finetuned-sst-2-english"),
+    "hf": Scaffold(file="hf.txt", example="distilbert-base-uncased-finetuned-sst-2-english", tested=True),
+    "hf-sentence": Scaffold(file="hf_sentence.txt", example="sentence-transformers/all-MiniLM-L6-v2", tested=True),
+    "hf-causal": Scaffold(file="hf_causal.txt", example="HuggingFaceTB/SmolLM2-135M", tested=True),
 }
 
 

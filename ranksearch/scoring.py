@@ -1,4 +1,4 @@
-"""Scores of a model's outputs, their distance to the dense ones, and paired intervals of the drop."""
+"""A model scored on data, the distance of its outputs to the dense ones, and paired intervals of the drop."""
 
 import hashlib
 import inspect
@@ -28,6 +28,7 @@ class Scores:
 
     `per_example` is (n_examples,) where the score is one number per example. `outputs` and `targets` hold all
     examples in order; None where batches cannot be put together, or outputs would take more than the memory allowed.
+    `corpus` are the outputs and targets that a corpus score is of, reduced where it reduces them.
     """
 
     value: float
@@ -35,6 +36,7 @@ class Scores:
     n_examples: int
     outputs: Any
     targets: Any
+    corpus: tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +46,6 @@ class Drop:
     value: float
     low: float | None
     high: float | None
-
-
-def top1(outputs: Any, targets: Any) -> Tensor:
-    """1.0 for each example whose largest logit is at its target, else 0.0. `outputs` is (N, C), `targets` (N,)."""
-    logits, labels = torch.as_tensor(outputs), torch.as_tensor(targets)
-    return (logits.argmax(1) == labels.to(logits.device)).float()
 
 
 def score_kind(score: Score) -> ScoreKind:
@@ -79,10 +75,12 @@ def score_model(
     `predict` is a model, run in eval mode, or inputs -> outputs; a score of the kind evaluate(model) gets it as it
     is. Raises StudyError where the data yields nothing, the score has the wrong shape, or is not a finite number.
     """
-    kind = score_kind(score)
+    kind, reduce = score_kind(score), score.reduce if isinstance(score, CorpusScore) else None
     parts: list[tuple[Any, Any]] = []
+    reduced: list[tuple[Any, Any]] = []
     values: list[NDArray[np.float64]] = []
     n_examples, n_bytes = 0, 0
+    needs_outputs = kind == "corpus" and reduce is None
     with _predicting(predict) as run:
         for index, (inputs, targets) in enumerate(batches):
             outputs = map_tensors(run(inputs), lambda t: t.detach().cpu())
@@ -91,15 +89,25 @@ def score_model(
             if kind == "example":
                 assert not isinstance(score, CorpusScore), "told by score_kind"
                 values.append(_example_scores(score, outputs, targets, n_rows, f"batch {index} of the {source} data"))
+            if reduce is not None:
+                reduced.append(_reduced(reduce(outputs, targets), f"batch {index} of the {source} data"))
             n_bytes += sum(t.numel() * t.element_size() for t in tensors(outputs))
-            if kind == "corpus" or n_bytes <= max_output_bytes:
+            if needs_outputs or n_bytes <= max_output_bytes:
                 parts.append((outputs, targets))
     if n_examples == 0:
         raise StudyError(f"the {source} data yields no example")
-    together = _together(parts, required=kind == "corpus", complete=n_bytes <= max_output_bytes)
+    together = _together(parts, required=needs_outputs, complete=n_bytes <= max_output_bytes)
     per_example = np.concatenate(values) if values else None
-    value = _value(predict, score, per_example, together, source)
-    return Scores(value=value, per_example=per_example, n_examples=n_examples, outputs=together[0], targets=together[1])
+    corpus = _together(reduced, required=True, complete=True) if reduced else together
+    value = _value(predict, score, per_example, corpus, source)
+    return Scores(
+        value=value,
+        per_example=per_example,
+        n_examples=n_examples,
+        outputs=together[0],
+        targets=together[1],
+        corpus=corpus if kind == "corpus" else None,
+    )
 
 
 def paired_drop(dense: Scores, plan: Scores, score: Score, higher_is_better: bool, seed: int) -> Drop:
@@ -185,6 +193,15 @@ def _example_scores(
     return values
 
 
+def _reduced(given: Any, where: str) -> tuple[Any, Any]:
+    """What a corpus score's `reduce` gave. Raises StudyError unless it is a pair of outputs and targets."""
+    if not isinstance(given, tuple) or len(given) != 2 or not count_rows(given[0]):
+        raise StudyError(
+            f"the score's reduce gave {type(given).__name__} {given!r:.80} for {where}; it must give (outputs, targets)"
+        )
+    return given
+
+
 def _together(parts: list[tuple[Any, Any]], *, required: bool, complete: bool) -> tuple[Any, Any]:
     """All outputs and all targets; (None, None) where they do not fit together and need not."""
     if not required and not complete:
@@ -226,12 +243,16 @@ def _corpus_interval(
         examples_are_objects = isinstance(tree, list) and not tensors(tree)
         return [tree[i] for i in rows] if examples_are_objects else pick_rows(tree, torch.from_numpy(rows))
 
-    def both(rows: NDArray[np.int64]) -> tuple[float, float]:
-        targets = pick(dense.targets, rows)
-        dense_value = float(score.function(pick(dense.outputs, rows), targets))
-        return dense_value, sign * (dense_value - float(score.function(pick(plan.outputs, rows), targets)))
+    assert dense.corpus is not None and plan.corpus is not None, "kept for every corpus score"
+    (dense_outputs, all_targets), (plan_outputs, _) = dense.corpus, plan.corpus
 
-    return bootstrap_interval(both, dense.n_examples, seed)
+    def both(rows: NDArray[np.int64]) -> tuple[float, float]:
+        targets = pick(all_targets, rows)
+        dense_value = float(score.function(pick(dense_outputs, rows), targets))
+        return dense_value, sign * (dense_value - float(score.function(pick(plan_outputs, rows), targets)))
+
+    n_rows = dense.n_examples if score.reduce is None else count_rows(dense_outputs)
+    return bootstrap_interval(both, n_rows, seed)
 
 
 def _share_of_variance(outputs: Tensor, dense_outputs: Tensor) -> float:

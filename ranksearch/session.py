@@ -1,7 +1,7 @@
 """A study as it stands: measured at its start and kept in its home, read again when it is resumed."""
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Session:
 
 def prepare(bench: Workbench, home: StudyHome, stage: Callable[[str], None]) -> Session:
     """Begins a study, or reads how it was begun. Raises StudyError where it was timed on another machine."""
+    for note in bench.notes:
+        stage(f"note: {note}")
     record = study_record(home)
     if record:
         _check_machine(record, target_record(bench), bench.spec.name)
@@ -90,14 +92,15 @@ def adopt(home: StudyHome, storage: str, name: str) -> None:
 def beginning(home: StudyHome) -> tuple[dict[str, Any], str]:
     """The study's record, without what is of this machine alone, and its table."""
     record = read_json(home.study)
-    record.pop("script", None)
+    for name in ("script", "last_run"):
+        record.pop(name, None)
     return record, home.candidates.read_text(encoding="utf-8")
 
 
-def remember_script(home: StudyHome, script: str | Path | None) -> None:
-    """Records the study script's path, for commands that name it later, and what it holds now."""
+def remember_run(home: StudyHome, script: str | Path | None, settings: Mapping[str, str]) -> None:
+    """Records the study script's path, for commands that name it later, what it holds now, and the run's settings."""
     path = None if script is None else Path(script).resolve()
-    known = {"script": path and str(path), "script_sha256": path and file_sha256(path)}
+    known = {"script": path and str(path), "script_sha256": path and file_sha256(path), "last_run": dict(settings)}
     record = read_json(home.study)
     if record | known != record:
         write_json(home.study, record | known)

@@ -194,14 +194,22 @@ def tied_layers(ties: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[tu
 
 @dataclass(frozen=True, slots=True)
 class CorpusScore:
-    """A score over all outputs and targets at once, such as a rank correlation."""
+    """A score over all outputs and targets at once, or over what `reduce` leaves of each batch of them."""
 
     function: Callable[[Any, Any], float]
+    reduce: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
 
-def corpus_score(function: Callable[[Any, Any], float]) -> CorpusScore:
-    """Marks `function(all outputs, all targets) -> float` as a score of the whole data set."""
-    return CorpusScore(function)
+def corpus_score(
+    function: Callable[[Any, Any], float], reduce: Callable[[Any, Any], tuple[Any, Any]] | None = None
+) -> CorpusScore:
+    """Marks `function(all outputs, all targets) -> float` as a score of the whole data set.
+
+    `reduce` (outputs, targets) -> (outputs, targets) goes over each batch first, and only what it gives is kept: less
+    of each example, as its loss instead of its logits, or one row for several, as the cosine of two sentences. The
+    interval is by bootstrap over the rows that it gives.
+    """
+    return CorpusScore(function, reduce)
 
 
 Score = Callable[..., Any] | CorpusScore

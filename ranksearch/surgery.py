@@ -1,8 +1,17 @@
-"""Put modules in the place of others."""
+"""Put modules in the place of others, copy models, and take them out of what is wrapped around them."""
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+# The wrappers that run another model and are none themselves, by the name under which they hold it.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",  # torch.compile's
+}
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
@@ -27,3 +36,53 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise KeyError(f"{type(model).__name__} has no module {name!r}") from None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without what torch.compile, DataParallel and DistributedDataParallel put around it or its modules.
+
+    Itself, or what it wraps, where no module inside is wrapped or compiled; else a copy.
+    """
+    inside = model
+    while (inner := _wrapped(inside)) is not None:
+        inside = inner
+    hidden = any(_wrapped(module) is not None or _is_compiled(module) for module in inside.modules())
+    return copy_model(inside) if hidden else inside
+
+
+def wrappers(model: nn.Module) -> tuple[str, ...]:
+    """The kinds of wrappers around the model and its modules, each once."""
+    kinds = {}
+    for module in model.modules():
+        if _is_compiled(module) or type(module).__name__ == "OptimizedModule":
+            kinds["torch.compile"] = True
+        elif _wrapped(module) is not None:
+            kinds[type(module).__name__] = True
+    return tuple(kinds)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy of the model without wrappers; weights that are computed before each call are copied as they are now."""
+    # torch copies no tensor that was computed, such as what weight_norm sets.
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    for module in reversed(list(model.modules())):
+        if (inner := _wrapped(module)) is not None:
+            memo[id(module)] = copy.deepcopy(inner, memo)
+    return copy.deepcopy(model, memo)
+
+
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a wrapper runs; None for any other module."""
+    if not type(module).__module__.startswith("torch."):
+        return None
+    return module._modules.get(_WRAPPERS.get(type(module).__name__, ""))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None

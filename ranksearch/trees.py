@@ -1,5 +1,6 @@
-"""Inputs, targets and outputs of whatever structure: a tensor, or tuples, lists and mappings of them."""
+"""Inputs, targets and outputs of whatever structure: a tensor, or tuples, lists, mappings and dataclasses of them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,25 +19,33 @@ def tensors(tree: Any) -> list[Tensor]:
         return [tree]
     if isinstance(tree, np.ndarray):
         return [torch.as_tensor(tree)]
-    if isinstance(tree, Mapping):
-        return [tensor for value in tree.values() for tensor in tensors(value)]
-    if isinstance(tree, tuple | list):
-        return [tensor for value in tree for tensor in tensors(value)]
-    return []
+    return [tensor for _, value in _children(tree) for tensor in tensors(value)]
+
+
+def named_tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
+    """The tensors in `tree` in their order by dotted name: `logits`, `states.0`; a tensor alone is `0`."""
+    if isinstance(tree, Tensor | np.ndarray):
+        return {name or "0": torch.as_tensor(tree)}
+    prefix = f"{name}." if name else ""
+    return {path: t for key, value in _children(tree) for path, t in named_tensors(value, prefix + key).items()}
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """`tree` with `function` of each tensor in its place; mappings become dicts, arrays go in as tensors."""
+    """`tree` with `function` of each tensor in its place; arrays go in as tensors.
+
+    Dataclasses and named tuples stay what they are, transformers' outputs among them; other mappings become dicts.
+    """
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, np.ndarray):
         return function(torch.as_tensor(tree))
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, function) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        parts = [map_tensors(value, function) for value in tree]
-        return parts if isinstance(tree, list) else tuple(parts)
-    return tree
+    return _with_children(tree, [map_tensors(value, function) for _, value in _children(tree)])
+
+
+def arranged(like: Any, leaves: Iterable[Tensor]) -> Any:
+    """The leaves, in the order of tensors(like), in the places of its tensors."""
+    remaining = iter(leaves)
+    return map_tensors(like, lambda _: next(remaining))
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -73,13 +82,11 @@ def concatenate(parts: list[Any]) -> Any:
     Raises StudyError where shapes beyond the first size differ.
     """
     first = parts[0]
-    if isinstance(first, Mapping):
-        return {key: concatenate([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple) or (isinstance(first, list) and tensors(first)):
-        columns = [concatenate(list(column)) for column in zip(*parts, strict=True)]
-        return columns if isinstance(first, list) else tuple(columns)
-    if isinstance(first, list):
+    if isinstance(first, list) and not tensors(first):
         return [example for part in parts for example in part]
+    if _children(first):
+        columns = zip(*([value for _, value in _children(part)] for part in parts), strict=True)
+        return _with_children(first, [concatenate(list(column)) for column in columns])
     return _cat([torch.as_tensor(part) for part in parts]) if tensors(first) else first
 
 
@@ -88,6 +95,29 @@ def is_classification(loss: Any) -> bool:
     if isinstance(loss, functools.partial):
         return is_classification(loss.func)
     return loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
+
+
+def _children(tree: Any) -> list[tuple[str, Any]]:
+    """What a mapping, a sequence or a dataclass holds, by name; nothing for anything else."""
+    if isinstance(tree, Mapping):
+        return [(str(key), value) for key, value in tree.items()]
+    if isinstance(tree, tuple | list):
+        return [(str(i), value) for i, value in enumerate(tree)]
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return [(field.name, getattr(tree, field.name)) for field in dataclasses.fields(tree) if field.init]
+    return []
+
+
+def _with_children(tree: Any, values: list[Any]) -> Any:
+    """`tree` with other values in the order of its children."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [name for name, _ in _children(tree)]
+        return dataclasses.replace(tree, **dict(zip(names, values, strict=True)))
+    if isinstance(tree, Mapping):
+        return dict(zip(tree, values, strict=True))
+    if isinstance(tree, tuple):
+        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
+    return values if isinstance(tree, list) else tree
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

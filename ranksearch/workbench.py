@@ -1,6 +1,5 @@
 """A study's model, data and target, made ready for trials."""
 
-import copy
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ranksearch.bits import offered_bits
 from ranksearch.cache import Cache, cache_directory
 from ranksearch.compression import count_params
 from ranksearch.decompositions import get_decomposition
 from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
+from ranksearch.inputs import check_inputs, other_floats_given
 from ranksearch.latency import Latency, compare_all, timed_call
-from ranksearch.layers import FoundLayers, call_model, compressible_layers, count_macs, evaluating
+from ranksearch.layers import (
+    FoundLayers,
+    LayerSpec,
+    call_model,
+    compressible_layers,
+    count_macs,
+    evaluating,
+    other_floats,
+)
+from ranksearch.plan import DENSE
 from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
 from ranksearch.recovery import Step, seeded
@@ -26,7 +36,8 @@ from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, s
 from ranksearch.scoring import Scores, same_twice, score_kind, score_model
 from ranksearch.spec import Batches, Data, StudySpec, tied_layers
 from ranksearch.statistics import LayerStatistics, collect
-from ranksearch.trees import concatenate, count_rows, first_examples, map_tensors, pick_rows
+from ranksearch.surgery import copy_model, wrappers
+from ranksearch.trees import arranged, concatenate, count_rows, first_examples, map_tensors, pick_rows, tensors
 from ranksearch.weights import packed_bytes
 
 T = TypeVar("T")
@@ -53,7 +64,7 @@ class Workbench:
 
     `source` is what plans are cut from: the dense `model`, or it as Recovery.prepare made it. `shared` tells of the
     tensors that several read, on which the quantizers of 8-bit plans sit, `weight_limit` is the largest int8 weight
-    code that the target's kernels take.
+    code that the target's kernels take, `notes` what the user should hear of the model.
     """
 
     spec: StudySpec
@@ -67,6 +78,7 @@ class Workbench:
     calibration: list[tuple[Any, Any]]
     dense: Dense
     weight_limit: int
+    notes: tuple[str, ...] = ()
 
     @property
     def train(self) -> Batches:
@@ -106,6 +118,12 @@ class Workbench:
         rounded = [name for name, module in quantized.items() if module.rounds_inputs]
         return stayed_float(rounded, kernels) | stayed_whole(quantized.keys() - rounded, kernels)
 
+    def as_model(self, session: AbstractSession) -> "SessionModel":
+        """The session as a module whose outputs are arranged as the dense model's, so that a score reads both alike."""
+        with evaluating(self.model):
+            like = call_model(self.model, self.example)
+        return SessionModel(session, self.spec.target.batch_size, like).eval()
+
     def score(self, predict: nn.Module | Callable[[Any], Any], batches: Batches) -> Scores:
         """The study's score on `batches` of a model, run in eval mode, or of a function of its inputs."""
         return score_model(predict, batches, self.spec.score)
@@ -143,8 +161,9 @@ def open_workbench(
     `on_step` hears of the preparation, which is left out where the `prepared` model's weights are given; the
     `weight_limit` is that of the runtime here, unless given.
 
-    Raises StudyError for a model without compressible layers, data that yields nothing, too little or not the same
-    twice, a NaN loss of dense, globs that match nothing; RuntimeUnavailableError for the target's runtime.
+    Raises StudyError for a model without compressible layers or of other floats than float32, data that yields
+    nothing, too little or not the same twice, a NaN loss of dense, globs that match nothing;
+    RuntimeUnavailableError for the target's runtime.
     """
     check_cores(spec.target)
     with timed_cores(spec.target):
@@ -153,9 +172,12 @@ def open_workbench(
     _check_decompositions(spec)
     # What draws random numbers draws the same ones in every process: a resume's, and a worker's.
     with seeded(spec.seed, torch.device("cpu")):
-        model = copy.deepcopy(_given(spec, "model", spec.model(), nn.Module)).eval()
+        given = _given(spec, "model", spec.model(), nn.Module)
+        model = copy_model(given).eval()
         data = _given(spec, "data", spec.data(), Data)
         calibration = _take_calibration(spec, data)
+    if (told := other_floats(model)) is not None:
+        raise StudyError(f"study {spec.name!r}: {told}")
     _check_dense(model, spec, calibration[0])
     if data.tiebreak is not None and score_kind(spec.score) == "model":
         raise StudyError(
@@ -171,6 +193,8 @@ def open_workbench(
     example = first_rows(calibration, spec.target.batch_size)
     # On the example, so that layers are timed at the batch size of the target.
     found = _selected(compressible_layers(model, example), spec)
+    with timed_cores(spec.target):
+        _check_ties(spec, found, runtime)
     with timed_cores(spec.target):
         session = runtime.prepare(model, example, spec.target)
     scores = score_model(model, data.validation, spec.score)
@@ -198,20 +222,25 @@ def open_workbench(
         calibration=calibration,
         dense=dense,
         weight_limit=runtime.weight_limit(spec.target) if weight_limit is None else weight_limit,
+        notes=_notes(given),
     )
 
 
 @final
 class SessionModel(nn.Module):
-    """An opened model as a module of torch inputs of any number of rows: it runs `batch_size` rows at a time."""
+    """An opened model as a module of torch inputs of any number of rows: it runs `batch_size` rows at a time.
 
-    def __init__(self, session: AbstractSession, batch_size: int) -> None:
+    Its outputs are arranged as those of torch's model are, which `like` shows; without one as the session gives them.
+    """
+
+    def __init__(self, session: AbstractSession, batch_size: int, like: Any = None) -> None:
         super().__init__()
+        self.like = like
         self.session = session
         self.batch_size = batch_size
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The outputs as tensors, in the structure in which the session gives them."""
+        """The outputs as tensors."""
         given = named or (inputs if len(inputs) > 1 else inputs[0])
         n_rows = count_rows(given)
         outputs = []
@@ -219,7 +248,8 @@ class SessionModel(nn.Module):
             # The last rows are repeated to fill the batch, and cut off again.
             rows = torch.arange(start, start + self.batch_size).clamp(max=n_rows - 1)
             outputs.append(map_tensors(self.session.run(to_arrays(pick_rows(given, rows))), torch.as_tensor))
-        return pick_rows(concatenate(outputs), slice(n_rows))
+        together = pick_rows(concatenate(outputs), slice(n_rows))
+        return together if self.like is None else arranged(self.like, tensors(together))
 
 
 def to_arrays(inputs: Any) -> Any:
@@ -230,6 +260,12 @@ def to_arrays(inputs: Any) -> Any:
 def first_rows(batches: Batches, n_rows: int) -> Any:
     """The first `n_rows` rows of the inputs of `batches`; fewer where the data ends before."""
     return concatenate(list(first_examples(batches, n_rows)))
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    if not (around := wrappers(model)):
+        return ()
+    return (f"the model is taken out of {' and '.join(around)}; layers bear the names that they have inside",)
 
 
 def _check_decompositions(spec: StudySpec) -> None:
@@ -273,8 +309,16 @@ def _take_calibration(spec: StudySpec, data: Data) -> list[tuple[Any, Any]]:
 
 def _check_dense(model: nn.Module, spec: StudySpec, batch: tuple[Any, Any]) -> None:
     inputs, targets = batch
-    with evaluating(model):
-        loss = torch.as_tensor(spec.loss(call_model(model, inputs), targets))
+    try:
+        check_inputs(model, inputs)
+        with evaluating(model):
+            loss = torch.as_tensor(spec.loss(call_model(model, inputs), targets))
+    except StudyError as error:
+        raise StudyError(f"study {spec.name!r}: {error}") from None
+    except RuntimeError as error:
+        if (told := other_floats_given(model, inputs)) is None:
+            raise
+        raise StudyError(f"study {spec.name!r}: {told}") from error
     if loss.numel() != 1:
         raise StudyError(
             f"study {spec.name!r}: the loss has shape {tuple(loss.shape)}; it must be one number, the batch's mean"
@@ -283,6 +327,30 @@ def _check_dense(model: nn.Module, spec: StudySpec, batch: tuple[Any, Any]) -> N
         raise StudyError(
             f"study {spec.name!r}: the dense model's loss on calibration data is {float(loss)}; it must be finite"
         )
+
+
+def _check_ties(spec: StudySpec, found: FoundLayers, runtime: AbstractRuntime) -> None:
+    """Raises StudyError where a layer, whatever its shape, takes no bits but float that those tied to it take."""
+    for tied in tied_layers(spec.space.ties, list(found.layers)):
+        offered = {name: _bits_of(spec, found.layers[name].spec, runtime) for name in tied}
+        shared = set.intersection(*offered.values())
+        most = max(tied, key=lambda name: len(offered[name]))
+        odd = min(tied, key=lambda name: len(offered[name] & offered[most]))
+        if not shared - {DENSE.bits} and offered[most] - {DENSE.bits}:
+            raise StudyError(
+                f"Space.ties: on {spec.target.runtime} layer {odd!r} takes bits {_listed(offered[odd])} and {most!r}, "
+                f"tied to it, {_listed(offered[most])}: they can share none but float; leave {odd!r} out of the tie"
+            )
+
+
+def _bits_of(spec: StudySpec, layer: LayerSpec, runtime: AbstractRuntime) -> set[str]:
+    for_size = "bytes" in spec.objectives
+    offered = offered_bits(runtime, layer, spec.target, spec.space.weight_bits, for_size=for_size)
+    return {bits.of(DENSE).bits for bits in offered}
+
+
+def _listed(bits: set[str]) -> str:
+    return " and ".join(sorted(bits, key=lambda pair: [-int(count) for count in pair.split("/")])) or "none"
 
 
 def _selected(found: FoundLayers, spec: StudySpec) -> FoundLayers:
@@ -298,7 +366,6 @@ def _selected(found: FoundLayers, spec: StudySpec) -> FoundLayers:
         elif any(fnmatch.fnmatch(name, glob) for glob in spec.space.skip):
             reasons[name] = "in Space.skip"
     layers = {name: info for name, info in found.layers.items() if name not in reasons}
-    tied_layers(spec.space.ties, list(layers))
     if not layers:
         raise StudyError("Space.only and Space.skip leave no layer to compress")
     return FoundLayers(layers=layers, skipped={**found.skipped, **reasons})

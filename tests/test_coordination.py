@@ -20,7 +20,8 @@ from ranksearch.errors import StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.optimization import open_study, read_records
 from ranksearch.optimization.coordination import coordinating, is_shared, storage_of
-from ranksearch.optimization.space import distributions, to_indices
+from ranksearch.optimization.seeds import enqueue
+from ranksearch.optimization.space import distributions, to_indices, to_params
 from ranksearch.plan import Plan
 from ranksearch.spec import OBJECTIVES
 
@@ -180,6 +181,25 @@ def test_a_plan_that_another_evaluates_waits_for_its_outcome(postgres: NewDataba
     duplicates = [record for record in found if record.duplicate_of == trial.number]
     assert len(duplicates) == 1 and duplicates[0].state == "complete"
     assert plan.hash() not in {record.plan_hash for record in told[0].finished}
+
+
+def test_what_was_asked_for_and_never_begun_is_queued_again(postgres: NewDatabase, tmp_path: Path) -> None:
+    url, params = postgres(), to_params(PROFILE, tuple(layer.dense for layer in PROFILE.layers))
+    with opened(url, home=tmp_path / "one") as gone, opened(url, home=tmp_path / "two") as ours:
+        enqueue(gone, params, origin="dense", control=True, seed=0)
+        never_taken, taken = ask(gone), ask(gone)
+        with coordinating(gone) as elsewhere, coordinating(ours) as coordination:
+            elsewhere.took(taken)
+            assert coordination.reclaim() == [], "it may be about to be taken"
+            with storage_of(ours)._backend.engine.begin() as connection:
+                connection.execute(sqlalchemy.text("update trials set datetime_start = now() - interval '1 day'"))
+            assert coordination.reclaim() == [never_taken.number]
+            assert coordination.reclaim() == []
+        retry = ask(ours)
+        assert retry.params == params and retry.user_attrs["retry_of"] == never_taken.number
+        assert retry.user_attrs["control"] and retry.user_attrs["seed"] == 0
+        states = [trial.state for trial in ours.get_trials(deepcopy=False)]
+    assert states == [TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING]
 
 
 def test_a_storage_of_one_has_one_coordinator(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from ranksearch.ladder import Evaluator, Terms
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.recovery_settings import Recovery
 from ranksearch.remeasure import Judge, has_gap, remeasure_plans
-from ranksearch.scoring import top1
+from ranksearch.scores import top1
 from ranksearch.spec import Space, corpus_score
 from ranksearch.weights import packed_bytes
 from ranksearch.workbench import Workbench, open_workbench

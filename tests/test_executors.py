@@ -23,13 +23,16 @@ from ranksearch.executors import (
     Setting,
     check_executor,
     open_executor,
+    processes,
 )
 from ranksearch.executors.placement import placements
+from ranksearch.executors.worker import now_and_then
 from ranksearch.export import load
 from ranksearch.home import StudyHome
 from ranksearch.ladder import Figures, Terms
 from ranksearch.optimization import read_records
 from ranksearch.plan import LayerChoice, Plan
+from ranksearch.recovery import Step
 from ranksearch.spec import StudySpec, Target, load_study
 from ranksearch.workbench import Workbench, open_workbench
 
@@ -49,6 +52,7 @@ def fine_tune(model, budget):
     if what == "raise":
         raise ValueError("the loss is upside down")
     if what == "die":
+        print("https://me:secret@here says that the end is near")
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "hang":
         (HERE / "hanging").touch()
@@ -178,8 +182,25 @@ def test_a_worker_that_dies_fails_its_trial_alone(executor: AbstractExecutor, as
     outcome = outcome_of(executor, Job(number=6, plan=PLAN))
     assert outcome.evaluation is None and not outcome.interrupted and outcome.reason is not None
     assert "memory runs out" in outcome.reason or "Ray actor failed" in outcome.reason
+    if executor.name == "processes":
+        assert outcome.reason.endswith("0.log, at last: https://***@here says that the end is near")
     ask("")
     assert outcome_of(executor, Job(number=8, plan=PLAN)).evaluation is not None
+
+
+def test_how_far_an_actor_is_reaches_the_coordinator(
+    executor: AbstractExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if executor.name != "ray":
+        pytest.skip("it has no board")
+    heard: list[Step] = []
+    monkeypatch.setattr(executor, "_on_step", heard.append)
+    for number in (1, 2):
+        step = Step(number=number, share=number / 2, loss=0.5)
+        now_and_then(executor._board.put.remote)(step)  # type: ignore[attr-defined]
+        wait_until(lambda: bool(executor.wait()) or bool(heard))
+        assert heard.pop() == step and not heard
+    assert executor.wait() == [] and not heard
 
 
 def test_plans_of_actors_on_another_machine_are_timed_here(
@@ -251,6 +272,27 @@ def test_an_executor_that_cannot_serve_is_refused() -> None:
         check_executor("inline", "study.py", 2)
     with pytest.raises(StudyError, match="0 workers evaluate nothing"):
         check_executor("processes", "study.py", 0)
+    with pytest.raises(StudyError, match=r"'inline' .* cannot end a trial that hangs: .* give --executor processes"):
+        check_executor("inline", "study.py", None, 60.0)
+    with pytest.raises(StudyError, match="a trial timeout of 0 s leaves no time"):
+        check_executor("processes", "study.py", None, 0.0)
+
+
+def test_the_log_of_a_worker_does_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "MAX_LOG_BYTES", 1000)
+    path = tmp_path / "0.log"
+    path.write_text("an earlier process\n")
+    log = processes._Log(path)
+    with log.open() as written:
+        assert log.last_words() == f"it wrote {path}"
+        for i in range(100):
+            written.write(b"line %d of this process\n" % i)
+            written.flush()
+            log.bound()
+        last = " | ".join(f"line {i} of this process" for i in (97, 98, 99))
+        assert log.last_words() == f"it wrote {path}, at last: {last}"
+    kept = path.with_suffix(".log.old").read_text() + path.read_text()
+    assert len(kept) < 2100 and kept.endswith("line 99 of this process\n") and "earlier" not in kept
 
 
 def test_workers_share_the_cores_and_have_a_gpu_each(here: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

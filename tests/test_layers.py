@@ -110,7 +110,7 @@ def test_weights_that_others_compute_or_read_are_left_alone() -> None:
     assert list(found.layers) == ["head"]
     assert "reads its weight without calling" in found.skipped["block.linear1"]
     assert "MultiheadAttention" in found.skipped["block.self_attn"]
-    assert "not supported" in found.skipped["normed"]
+    assert "computed from other parameters" in found.skipped["normed"]
     assert "computed from other parameters" in found.skipped["spectral"]
 
 

@@ -1,5 +1,6 @@
 """A study goes on where it stopped: after any kill, with other goals, with another process in the way."""
 
+import errno
 import json
 import os
 import resource
@@ -12,7 +13,8 @@ from optuna.trial import TrialState
 from synthetic_study import IDENTITY, evaluate_as_predicted, make_profile, opened, search
 
 import ranksearch
-from ranksearch.errors import StudyError
+from ranksearch.disk import told_full
+from ranksearch.errors import StorageError, StudyError
 from ranksearch.evaluation import Evaluation
 from ranksearch.optimization import SAMPLERS, ResolvedLimits, coordinator_lock, read_records, read_study
 from ranksearch.plan import Plan
@@ -262,3 +264,51 @@ def test_studies_that_do_not_exist_are_named_with_those_that_do(tmp_path: Path) 
         opened("nodb://user:secret@host/db", home=tmp_path),
     ):
         pass
+
+
+def test_a_full_disk_is_held_against_no_plan(tmp_path: Path) -> None:
+    evaluated: list[str] = []
+
+    def evaluate(plan: Plan) -> Evaluation:
+        evaluated.append(plan.hash())
+        # More often than a plan may kill its process.
+        if len(evaluated) in range(4, 9):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
+        return evaluate_as_predicted(PROFILE)(plan)
+
+    told = "weights cannot be written: No space left on device; free space there, and run the same command again"
+    for _ in range(5):
+        with opened(tmp_path) as study, pytest.raises(StorageError, match=told):
+            search(study, PROFILE, evaluate, n_trials=8)
+    with opened(tmp_path) as study:
+        search(study, PROFILE, evaluate, n_trials=8)
+        found = read_records(study)
+    assert sum(record.counted for record in found) == 8
+    assert len(set(evaluated[3:9])) == 1, "the same plan, until there is space"
+    failed = [record for record in found if record.state == "failed"]
+    assert len(failed) == 5 and all(record.queued_again and "No space" in (record.reason or "") for record in failed)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "home cannot be written: Disk quota exceeded; free",
+        ),
+        (
+            RuntimeError("I/O error: File too large (os error 27)"),
+            "home cannot be written: File too large; raise",
+        ),
+        (RuntimeError("(sqlite3.OperationalError) database or disk is full"), "home cannot be written: No space left"),
+        (OSError(errno.EACCES, "Permission denied", "data"), None),
+        (ValueError("shapes do not fit"), None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_a_full_disk_is_behind(error: Exception, told: str | None) -> None:
+    found = told_full(error, Path("home"))
+    assert found is None if told is None else found is not None and found.startswith(told)
+    again = RuntimeError("the writer failed")
+    again.__cause__ = error
+    assert told_full(again, Path("home")) == found

@@ -20,7 +20,8 @@ from ranksearch.recovery.distillation import distillation_loss
 from ranksearch.recovery.factors import ProductDecay, chain_norm
 from ranksearch.recovery.layer_outputs import LayerOutputs
 from ranksearch.recovery_settings import Budget, Recovery
-from ranksearch.scoring import output_distance, score_model, top1
+from ranksearch.scores import top1
+from ranksearch.scoring import output_distance, score_model
 
 
 class FakeQuantizedConv(nn.Module):

@@ -17,7 +17,7 @@ from command_line import MOMENTS, TRIALS, Commands, Searched, write_study
 import ranksearch as rs
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.export import read_example
-from ranksearch.home import StudyHome, read_json
+from ranksearch.home import StudyHome, read_json, write_json
 from ranksearch.search_result import read_result
 from ranksearch.spec import load_study
 
@@ -94,6 +94,7 @@ def test_no_finished_trial_is_lost_and_none_runs_twice(searched: Searched, comma
 def test_a_trial_without_grace_is_queued_again(searched: Searched) -> None:
     assert "interrupted; its plan is queued again" in searched.ended["SIGTERM without grace"].out
     assert "queued again" not in searched.ended["SIGUSR1 with grace"].out
+    assert "1 begun and not ended, tried again" in searched.ended["SIGUSR1 with grace"].out
 
 
 def test_mlflow_has_one_finished_run_per_trial_and_true_pareto_tags(searched: Searched, commands: Commands) -> None:
@@ -122,9 +123,16 @@ def test_a_study_goes_on_as_it_is_told(searched: Searched, commands: Commands, t
 
     ended = commands.run(folder, "run", script, "--trials", str(TRIALS))
     assert ended.code == 0 and "(prices)" not in ended.out, "the total was there already"
+    told = [line for line in ended.out.splitlines() if line.startswith("resuming: ")]
+    assert len(told) == 1 and told[0].startswith(f"resuming: from {TRIALS} trials and "), "nothing has changed"
+    study = folder / ".ranksearch" / "tiny" / "study.json"
+    record = read_json(study)
+    write_json(study, record | {"last_run": record["last_run"] | {"torch": "1.0"}})
 
     ended = commands.run(folder, "run", script, "--more-trials", "1", "--max-drop", "30%", "--sampler", "nsga2")
     assert ended.code in (0, 3), ended.err
+    for change in ("max_drop 60% -> 30%: all trials", "sampler price -> nsga2: it learns from all", "torch 1.0 -> "):
+        assert f"resuming: {change}" in ended.out
     after = {row["trial"]: row for row in read_rows(commands, folder)}
     assert len(counted(list(after.values()))) == TRIALS + 1, "other goals keep the history"
     assert all(after[number]["accuracy"] == row["accuracy"] for number, row in before.items())

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ from command_line import Commands
 
 from ranksearch.errors import StudyError
 from ranksearch.scaffold import FOLDER, SCAFFOLDS, write_script
+from ranksearch.spec import load_study
+from ranksearch.workbench import SessionModel, open_workbench
 
-LIBRARIES = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
+transformers = pytest.importorskip("transformers")
+from tiny_transformers import write_folder  # noqa: E402
 
 
 def test_the_blank_script_is_a_study_that_runs(commands: Commands, tmp_path: Path) -> None:
@@ -23,20 +28,46 @@ def test_the_blank_script_is_a_study_that_runs(commands: Commands, tmp_path: Pat
     assert ended.code == 2 and "study.py is there already" in ended.err
 
 
-@pytest.mark.parametrize("library", list(LIBRARIES))
-def test_a_librarys_script_says_what_is_missing(library: str, commands: Commands, tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_script_that_is_not_tested_says_so_and_what_it_needs(
+    library: str, commands: Commands, tmp_path: Path
+) -> None:
     model = SCAFFOLDS[library].example
     ended = commands.run(tmp_path, "new", f"{library}:{model}", "-o", "mine.py")
     assert ended.code == 0 and "not at hand" in ended.out
     text = (tmp_path / "mine.py").read_text(encoding="utf-8")
     names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
     assert "study" in names and f'"{model}"' in text and "$" not in text.replace("$DATA", "")
-    if importlib.util.find_spec(LIBRARIES[library]) is not None:
-        pytest.skip(f"{LIBRARIES[library]} is there, and would load weights")
+    if importlib.util.find_spec(library) is not None:
+        pytest.skip(f"{library} is there, and would load weights")
     ended = commands.run(tmp_path, "check", "mine.py")
-    assert ended.code == 2 and f"this study needs {LIBRARIES[library]}" in ended.err.replace(
-        "timm and torchvision", "timm"
-    )
+    assert ended.code == 2 and f"pip install 'ranksearch[{library}]'" in " ".join(ended.err.split())
+
+
+PAIRS = "the cat sat on the mat\ta dog sat\t0.5\na good film\ta very good play\t1.0\nbad\ta song\t0.0\n"
+TRANSFORMERS = {
+    "hf": ("bert", "AutoModelForSequenceClassification", "tsv", "1\ta very good film\n0\tthe play was bad\n" * 8),
+    "hf-sentence": ("bert", "AutoModel", "tsv", PAIRS * 6),
+    "hf-causal": ("llama", "AutoModelForCausalLM", "txt", "the cat sat on the mat . a very good film . " * 100),
+}
+
+
+@pytest.mark.parametrize("library", list(TRANSFORMERS))
+def test_scripts_for_transformers_are_studies_that_open(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, kind, suffix, text = TRANSFORMERS[library]
+    folder = write_folder(tmp_path / "model", family, getattr(transformers, kind))
+    for part in ("train", "validation", "test"):
+        (tmp_path / f"{part}.{suffix}").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("DATA", str(tmp_path))
+    study = load_study(write_script(f"{library}:{folder}", tmp_path / "mine.py"))
+    assert SCAFFOLDS[library].tested
+    bench = open_workbench(replace(study, target=replace(study.target, threads=1)))
+    attention = [name for name in bench.found.layers if "attention" in name or "attn" in name]
+    assert len(attention) == 8 and math.isfinite(bench.dense.scores.value)
+    on_target = bench.score(SessionModel(bench.dense.session, study.target.batch_size), bench.data.validation)
+    assert on_target.value == pytest.approx(bench.dense.scores.value, rel=1e-4)
 
 
 def test_files_are_named_like_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

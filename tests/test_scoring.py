@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ranksearch.errors import StudyError
+from ranksearch.scores import top1
 from ranksearch.scoring import (
     Scores,
     is_classification,
@@ -18,7 +19,6 @@ from ranksearch.scoring import (
     same_twice,
     score_kind,
     score_model,
-    top1,
 )
 from ranksearch.spec import corpus_score
 

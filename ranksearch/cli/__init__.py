@@ -1,7 +1,9 @@
 """The command line: `ranksearch --help`."""
 
+import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +11,8 @@ import typer
 
 from ranksearch.cli.options import Home, MaxDrop, MaxLatency, MaxSize, Sampler, Script, Storage, TrackingUri, duration_s
 from ranksearch.cli.reading_commands import READING_COMMANDS
-from ranksearch.errors import NoPlanError, RankSearchError, StudyError
+from ranksearch.disk import told_closed, told_full
+from ranksearch.errors import NoPlanError, RankSearchError, StorageError, StudyError
 from ranksearch.home import DEFAULT_HOME
 from ranksearch.masking import masked
 from ranksearch.reading import printable
@@ -22,26 +25,40 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-EXIT_BAD_INPUT, EXIT_NO_PLAN = 2, 3
+EXIT_BAD_INPUT, EXIT_NO_PLAN, EXIT_STOPPED = 2, 3, 75
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend is one sentence on stderr and exit code 2, or 3 for want of plans."""
+    """Runs the command line; what a user can mend is one sentence on stderr.
+
+    With exit code 2, or 3 for want of plans, or 75 where the same command goes on.
+    """
     try:
         app()
     except NoPlanError as error:
         _exit(str(error), EXIT_NO_PLAN)
+    except StorageError as error:
+        _exit(str(error), EXIT_STOPPED)
     except RankSearchError as error:
         _exit(str(error), EXIT_BAD_INPUT)
     except Exception as error:
-        where = _line_of_script(error)
-        if where is None:
-            raise
-        _exit(f"{where}: {type(error).__name__}: {error}", EXIT_BAD_INPUT)
+        if (where := _line_of_script(error)) is not None:
+            _exit(f"{where}: {type(error).__name__}: {error}", EXIT_BAD_INPUT)
+        if (told := told_full(error) or told_closed(error)) is not None:
+            _exit(told, EXIT_BAD_INPUT)
+        raise
 
 
 def _exit(message: str, code: int) -> None:
-    print(f"error: {printable(masked(' '.join(message.split())))}", file=sys.stderr)
+    # Where these go may lie on the disk that is full.
+    with suppress(OSError):
+        print(f"error: {printable(masked(' '.join(message.split())))}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # What waits in it would end the process with a code of Python's own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
@@ -70,7 +87,13 @@ def demo_command(
 
 @app.command("new")
 def new_command(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="blank, torchvision:MODEL, timm:MODEL or hf:MODEL.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="blank, torchvision:MODEL, timm:MODEL, hf:MODEL, hf-sentence:MODEL or hf-causal:MODEL.",
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="STUDY.py", help="Where to write.")] = None,
 ) -> None:
     """Write a study script to begin with."""
@@ -112,7 +135,10 @@ def run_command(
     ] = None,
     trial_timeout: Annotated[
         str | None,
-        typer.Option(metavar="1h", help="When a worker's trial has hung; default: ten times the longest, at least 1h."),
+        typer.Option(
+            metavar="1h",
+            help="When a trial has hung, but for inline's; default: ten times the longest, at least 1h.",
+        ),
     ] = None,
     storage: Storage = None,
     tracking_uri: TrackingUri = None,

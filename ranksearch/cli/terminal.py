@@ -81,9 +81,9 @@ class Terminal:
         self._progress.stop()
 
     def stage(self, text: str) -> None:
-        """Shows what is being done; a warning stays."""
-        if text.startswith("warning:"):
-            if self._quiet:
+        """Shows what is being done; warnings and what a resume is told stay."""
+        if text.startswith(("warning:", "resuming:")):
+            if self._quiet and text.startswith("warning:"):
                 err.print(text)
             self._say(text)
             return

@@ -9,10 +9,12 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from ranksearch.disk import told_full
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import Evaluation
 from ranksearch.ladder import Terms
 from ranksearch.masking import masked
+from ranksearch.memory import release_freed_memory
 from ranksearch.plan import Plan
 
 MAX_REASON_CHARACTERS = 2000
@@ -31,7 +33,10 @@ class Job(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What came of a job: an evaluation, or the reason why there is none, or `interrupted` through no fault of its."""
+    """What came of a job: an evaluation, or the reason why there is none.
+
+    `interrupted` says that it is through no fault of the plan: since the study shall end, or for the `reason`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -81,8 +86,16 @@ def run_job(evaluate: Callable[[Job], Evaluation], job: Job, clock: Callable[[],
         return Outcome(number=job.number, interrupted=True, seconds=clock() - started)
     except Exception as error:
         _logger.debug("trial %d failed", job.number, exc_info=True)
-        return Outcome(number=job.number, reason=told(error), seconds=clock() - started)
+        return failed(job, error, clock() - started)
+    finally:
+        release_freed_memory()
     return Outcome(number=job.number, evaluation=evaluation, seconds=clock() - started)
+
+
+def failed(job: Job, error: Exception, seconds: float) -> Outcome:
+    """What came of a job that raised: it failed; where a disk is full that is no fault of its plan."""
+    full = told_full(error)
+    return Outcome(number=job.number, reason=full or told(error), interrupted=full is not None, seconds=seconds)
 
 
 def told(error: Exception) -> str:

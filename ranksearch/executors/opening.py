@@ -43,17 +43,26 @@ class Setting:
 
 def open_executor(name: str, setting: Setting) -> AbstractExecutor:
     """The executor of that name. Raises StudyError for an unknown one, or one that cannot be had here."""
-    check_executor(name, setting.script, setting.n_workers)
+    check_executor(name, setting.script, setting.n_workers, setting.trial_limit_s)
     return EXECUTORS[name](setting)
 
 
-def check_executor(name: str, script: str | Path | None, n_workers: int | None) -> None:
+def check_executor(
+    name: str, script: str | Path | None, n_workers: int | None, trial_limit_s: float | None = None
+) -> None:
     """Raises StudyError where there is no such executor, or it cannot serve such a study."""
     if name not in EXECUTORS:
         raise StudyError(f"executor {name!r} is unknown; choose one of {', '.join(EXECUTORS)}")
     if n_workers is not None and n_workers < 1:
         raise StudyError(f"{n_workers} workers evaluate nothing; give at least 1")
+    if trial_limit_s is not None and trial_limit_s <= 0:
+        raise StudyError(f"a trial timeout of {trial_limit_s:g} s leaves no time for a trial; give more, or none")
     if name == "inline":
+        if trial_limit_s is not None:
+            raise StudyError(
+                "the executor 'inline' evaluates plans in this very process, which cannot end a trial that hangs: for "
+                "--trial-timeout give --executor processes, with --workers 1 where one at a time is wanted"
+            )
         if n_workers not in (None, 1):
             raise StudyError(f"the executor 'inline' is one worker, not {n_workers}; choose 'processes' or 'ray'")
     elif script is None:
@@ -116,6 +125,7 @@ def _ray(setting: Setting) -> AbstractExecutor:
         n_gpus=int(uses_gpu(bench.spec)),
         limit_s=setting.trial_limit_s,
         should_abort=setting.should_abort,
+        on_step=setting.on_step,
     )
 
 

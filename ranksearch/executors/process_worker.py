@@ -10,10 +10,10 @@ from typing import final
 from pydantic import BaseModel, ConfigDict
 
 from ranksearch.executors.base import Job, Outcome, run_job, told
-from ranksearch.executors.worker import Assignment, open_worker
+from ranksearch.executors.worker import Assignment, now_and_then, open_worker
 from ranksearch.recovery import Step
 
-STEP_EVERY_S, PARENT_EVERY_S = 0.5, 0.5
+PARENT_EVERY_S = 0.5
 
 
 class Message(BaseModel):
@@ -33,17 +33,9 @@ class _Line:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._told_at = 0.0
 
     def say(self, message: Message) -> None:
         self._connection.send_bytes(message.model_dump_json(by_alias=True).encode())
-
-    def step(self, step: Step) -> None:
-        """Steps are many: the coordinator hears of some."""
-        now = time.monotonic()
-        if now - self._told_at >= STEP_EVERY_S:
-            self._told_at = now
-            self.say(Message(step=step))
 
     def hear(self) -> bytes:
         """What the coordinator says next. Raises EOFError where it is gone."""
@@ -53,8 +45,9 @@ class _Line:
 def serve(connection: Connection) -> None:
     """Opens the study that it is told of, then does jobs until the coordinator hangs up."""
     line = _Line(connection)
+    on_step = now_and_then(lambda step: line.say(Message(step=step)))
     try:
-        worker = open_worker(Assignment.model_validate_json(line.hear()), line.step)
+        worker = open_worker(Assignment.model_validate_json(line.hear()), on_step)
     except Exception as error:
         line.say(Message(broken=told(error)))
         return

@@ -5,6 +5,7 @@ A worker that crashes, hangs or is killed for its memory fails the trial that it
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,17 +14,23 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import IO, Any, ClassVar, final
 
 from ranksearch.errors import StudyError
-from ranksearch.executors.base import AbstractExecutor, Job, Outcome
+from ranksearch.executors.base import MAX_REASON_CHARACTERS, AbstractExecutor, Job, Outcome
 from ranksearch.executors.limits import TimeLimit
 from ranksearch.executors.process_worker import Message
 from ranksearch.executors.worker import Assignment
+from ranksearch.masking import masked
+from ranksearch.reading import printable
 from ranksearch.recovery import Step
 
 # A moment, after which it is looked whether a worker is alive, and whether the study shall stop.
 TICK_S = 0.2
+# A worker's log is kept below this, beside as much of what came before.
+MAX_LOG_BYTES = 10 << 20
+# How much of the end of its log the failure of a worker quotes.
+N_LAST_LINES, MAX_TAIL_BYTES = 3, 4096
 # So many workers in a row may die before they are ready.
 MAX_DEATHS = 3
 
@@ -53,7 +60,7 @@ class ProcessExecutor(AbstractExecutor):
         self._n_deaths = 0
         logs.mkdir(parents=True, exist_ok=True)
         self._workers = [
-            _Process(given, environment, logs / f"{i}.log") for i, (given, environment) in enumerate(assignments)
+            _Process(given, environment, _Log(logs / f"{i}.log")) for i, (given, environment) in enumerate(assignments)
         ]
 
     def submit(self, job: Job) -> None:
@@ -73,9 +80,10 @@ class ProcessExecutor(AbstractExecutor):
 
     def _look_at(self, worker: "_Process") -> list[Outcome]:
         """What came of the worker's job, if it ended, however it did."""
+        worker.log.bound()
         while (message := worker.hear()) is not None:
             if message.broken is not None:
-                raise StudyError(f"a worker could not open the study: {message.broken}; it wrote {worker.log}")
+                raise StudyError(f"a worker could not open the study: {message.broken}; it wrote {worker.log.path}")
             if message.step is not None:
                 self._on_step(message.step)
             if message.ready:
@@ -85,7 +93,7 @@ class ProcessExecutor(AbstractExecutor):
                 worker.job = None
                 return [message.outcome]
         if worker.is_gone():
-            return self._replace(worker, f"its worker process {worker.how_it_ended()}; it wrote {worker.log}")
+            return self._replace(worker, f"its worker process {worker.how_it_ended()}; {worker.log.last_words()}")
         if worker.seconds() > self._limit.seconds:
             return self._replace(
                 worker, f"it took longer than {self._limit.seconds:.0f} s, so its worker process was ended"
@@ -103,14 +111,47 @@ class ProcessExecutor(AbstractExecutor):
         if job is None or not begun:
             return []
         worker.job = None
-        return [Outcome(number=job.number, reason=reason, seconds=seconds)]
+        return [Outcome(number=job.number, reason=reason[:MAX_REASON_CHARACTERS], seconds=seconds)]
+
+
+@final
+class _Log:
+    """What the processes of one worker print, one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begun = 0
+
+    def open(self) -> IO[bytes]:
+        """For the next process, whose words come after those of the others."""
+        file = self.path.open("ab")
+        self._begun = file.tell()
+        return file
+
+    def bound(self) -> None:
+        """Moves what there is to `N.log.old` once it is much; the process goes on with an empty file."""
+        if self.path.stat().st_size < MAX_LOG_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            shutil.copyfile(self.path, self.path.with_suffix(".log.old"))
+        os.truncate(self.path, 0)
+        self._begun = 0
+
+    def last_words(self) -> str:
+        """The last lines of the latest process, and where the others are."""
+        with self.path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self._begun, end - MAX_TAIL_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        quoted = " | ".join(printable(masked(line)) for line in lines[-N_LAST_LINES:])
+        return f"it wrote {self.path}" + (f", at last: {quoted}" if lines else "")
 
 
 @final
 class _Process:
     """One worker process, from here."""
 
-    def __init__(self, assignment: Assignment, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, assignment: Assignment, environment: dict[str, str], log: "_Log") -> None:
         self._assignment, self._environment, self.log = assignment, environment, log
         self.job: Job | None = None
         self._start()
@@ -119,12 +160,13 @@ class _Process:
         ours, theirs = socket.socketpair()
         self.connection: Connection[Any, Any] = Connection(ours.detach())
         self.ready, self._since = False, time.monotonic()
-        with theirs, self.log.open("ab") as written:
+        with theirs, self.log.open() as written:
             # Not multiprocessing: its children run the user's main script again. In a session of its own, so that
             # Ctrl-C reaches the coordinator alone, and that what a worker starts ends with it.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ranksearch.executors.process_worker", str(theirs.fileno())],
-                env={**os.environ, **self._environment},
+                # What it prints is there when it is killed.
+                env={**os.environ, **self._environment, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=written,
                 stderr=written,

@@ -4,6 +4,7 @@ Ray places, feeds and watches the actors (https://docs.ray.io). Each host needs 
 package under the same paths. Actors on another machine than the target's train and score; their plans are timed here.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 from ranksearch.errors import RuntimeUnavailableError, StudyError
-from ranksearch.executors.base import AbstractExecutor, Job, Outcome, run_job, told
+from ranksearch.executors.base import AbstractExecutor, Job, Outcome, failed, run_job
 from ranksearch.executors.limits import TimeLimit
 from ranksearch.executors.placement import CORES_EACH
-from ranksearch.executors.worker import Assignment, Worker, open_worker
+from ranksearch.executors.worker import Assignment, Worker, now_and_then, open_worker
 from ranksearch.home import StudyHome
 from ranksearch.ladder import Figures
 from ranksearch.plan import Plan
+from ranksearch.recovery import Step
 from ranksearch.runtimes import differing_keys
 
 TICK_S = 0.2
@@ -44,11 +46,27 @@ class TargetMachine:
     keep: Callable[[Plan, Files, bool], None]
 
 
-class Actor:
-    """A worker under Ray."""
+class Board:
+    """Where workers write how far they are, and the coordinator looks: the latest step of any."""
 
-    def __init__(self, given: Assignment, shared: Files) -> None:
-        self._given, self._shared = given, shared
+    def __init__(self) -> None:
+        self._step: Step | None = None
+
+    def put(self, step: Step) -> None:
+        """Writes over what is there."""
+        self._step = step
+
+    def take(self) -> Step | None:
+        """What was written since it was last taken, if anything was."""
+        step, self._step = self._step, None
+        return step
+
+
+class Actor:
+    """A worker under Ray, which writes its steps to the `board`, an actor too."""
+
+    def __init__(self, given: Assignment, shared: Files, board: Any) -> None:
+        self._given, self._shared, self._board = given, shared, board
         self._folder = tempfile.TemporaryDirectory(prefix="ranksearch-")
         self._worker: Worker
 
@@ -58,7 +76,7 @@ class Actor:
         for name, content in self._shared.items():
             (folder / name).write_bytes(content)
         here = {"home": str(folder), "shared": str(folder)}
-        self._worker = open_worker(self._given.model_copy(update=here))
+        self._worker = open_worker(self._given.model_copy(update=here), now_and_then(self._board.put.remote))
         return self._worker.fingerprint
 
     def do(self, job: Job, figures: Figures | None) -> tuple[Outcome, Files]:
@@ -94,21 +112,24 @@ class RayExecutor(AbstractExecutor):
         n_gpus: int = 0,
         limit_s: float | None = None,
         should_abort: Callable[[], bool] = lambda: False,
+        on_step: Callable[[Step], None] = lambda _step: None,
     ) -> None:
         self._ray = _load_ray()
         self._started_here = not self._ray.is_initialized()
         if self._started_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             self._ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.WARNING)
-        self._machine, self._should_abort = machine, should_abort
+        self._machine, self._should_abort, self._on_step = machine, should_abort, on_step
         self._limit = TimeLimit(limit_s)
         self._queue: list[Job] = []
         self._idle: list[_Hired] = []
         self._busy: dict[Any, tuple[_Hired, Job, float]] = {}
         self._opening: dict[Any, Any] = {}
+        self._board = self._ray.remote(Board).options(num_cpus=0).remote()
+        self._looked = self._board.take.remote()
         self.n_workers, n_cpus = self._shares(n_workers, n_gpus)
         make, sent = self._ray.remote(Actor).options(num_cpus=n_cpus, num_gpus=n_gpus), self._ray.put(shared)
-        self._hire = partial(make.remote, given.model_copy(update={"threads": n_cpus}), sent)
+        self._hire = partial(make.remote, given.model_copy(update={"threads": n_cpus}), sent, self._board)
         for _ in range(self.n_workers):
             self._take_on()
 
@@ -128,6 +149,7 @@ class RayExecutor(AbstractExecutor):
             else:
                 ended.append(self._outcome(reference))
         self._end_late()
+        self._look_at_board()
         return ended
 
     def close(self) -> None:
@@ -135,8 +157,21 @@ class RayExecutor(AbstractExecutor):
         for actor in [*self._opening.values(), *(one.actor for one in hired)]:
             self._ray.kill(actor)
         self._opening, self._idle, self._busy, self._queue = {}, [], {}, []
-        if self._started_here and self._ray.is_initialized():
+        if not self._ray.is_initialized():
+            return
+        self._ray.kill(self._board)
+        if self._started_here:
             self._ray.shutdown()
+
+    def _look_at_board(self) -> None:
+        """Hands on how far a worker is; never waits for it."""
+        ready, _ = self._ray.wait([self._looked], timeout=0)
+        # A board that is lost costs the progress, no trial.
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            if ready and (step := self._ray.get(self._looked)) is not None:
+                self._on_step(step)
+        if ready:
+            self._looked = self._board.take.remote()
 
     def _shares(self, n_workers: int | None, n_gpus: int) -> tuple[int, int]:
         """How many workers, and with how many CPUs each; Ray would wait for ever for what the cluster has not."""
@@ -159,17 +194,17 @@ class RayExecutor(AbstractExecutor):
 
     def _hand_out(self) -> list[Outcome]:
         """Gives waiting jobs to idle actors; the outcomes of those that could not even be timed."""
-        failed = []
+        ended = []
         while self._queue and self._idle:
             job, hired = self._queue.pop(0), self._idle.pop(0)
             try:
                 figures = None if hired.times else self._machine.measure(job.plan)
             except Exception as error:
-                failed.append(Outcome(number=job.number, reason=told(error)))
+                ended.append(failed(job, error, 0.0))
                 self._idle.append(hired)
                 continue
             self._busy[hired.actor.do.remote(job, figures)] = hired, job, time.monotonic()
-        return failed
+        return ended
 
     def _take_on(self) -> None:
         """One actor more, as soon as the cluster has room."""
@@ -200,7 +235,7 @@ class RayExecutor(AbstractExecutor):
             reason = f"its Ray actor failed: {_cause(error)}"
             return Outcome(number=job.number, reason=reason, seconds=time.monotonic() - since)
         except Exception as error:
-            return Outcome(number=job.number, reason=told(error), seconds=time.monotonic() - since)
+            return failed(job, error, time.monotonic() - since)
         self._limit.took(outcome.seconds)
         return Outcome(**dict(outcome))
 

@@ -1,5 +1,7 @@
 """What every worker does, wherever it runs: it opens the study from its script, and takes plans up the ladder."""
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from ranksearch.turns import Alone, FileTurns
 from ranksearch.workbench import Workbench, open_workbench
 
 STATISTICS, SOURCE = "statistics.safetensors", "source.safetensors"
+STEP_EVERY_S = 0.5
 
 
 class Assignment(BaseModel):
@@ -110,6 +113,19 @@ def open_worker(given: Assignment, on_step: Callable[[Step], None] = lambda _ste
         turns=Alone() if given.turns is None else FileTurns(Path(given.turns)),
     )
     return Worker(evaluator=evaluator, fingerprint=bench.runtime.fingerprint(spec.target))
+
+
+def now_and_then(tell: Callable[[Step], None], clock: Callable[[], float] = time.monotonic) -> Callable[[Step], None]:
+    """Steps are many, and the coordinator is told of some: one in half a second."""
+    told_at = -math.inf
+
+    def on_step(step: Step) -> None:
+        nonlocal told_at
+        if clock() - told_at >= STEP_EVERY_S:
+            told_at = clock()
+            tell(step)
+
+    return on_step
 
 
 def _check_same(here: dict[str, str], given: Assignment) -> None:

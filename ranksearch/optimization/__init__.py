@@ -15,7 +15,7 @@ from ranksearch.optimization.prices import price_sweep, uniform
 from ranksearch.optimization.records import TrialRecord, front, read_records, trained_evaluations
 from ranksearch.optimization.samplers import DEFAULT_SAMPLER, SAMPLERS, find_sampler
 from ranksearch.optimization.space import suggest_plan
-from ranksearch.optimization.storage import check_storage, coordinator_lock
+from ranksearch.optimization.storage import OTHER_HOME, check_storage, coordinator_lock
 from ranksearch.optimization.study import (
     check_identity,
     open_study,
@@ -30,6 +30,7 @@ from ranksearch.optimization.weight_errors import measure_weights
 
 __all__ = [
     "DEFAULT_SAMPLER",
+    "OTHER_HOME",
     "SAMPLERS",
     "Callbacks",
     "DropEstimator",

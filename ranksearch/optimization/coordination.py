@@ -1,7 +1,8 @@
 """Who runs a study: one process, or on PostgreSQL several, each with trials of its own.
 
 Several ask one after the other, so that none takes a plan which another has. Each renews the leases of its trials;
-those whose lease has expired, since their coordinator is gone, are failed and their plans queued again.
+those whose lease has expired, or was never taken, since their coordinator is gone, are failed and their plans queued
+again.
 """
 
 import os
@@ -10,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime, timedelta
 from typing import Any, Protocol, final
 
 import optuna
@@ -103,10 +105,31 @@ class Several:
         with self.asking():
             with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
                 optuna.storages.fail_stale_trials(self._study)
+            for number in self._never_begun():
+                self._study.tell(number, state=TrialState.FAIL)
             abandoned = list(_abandoned(self._study))
             for trial in abandoned:
                 requeue(self._study, trial, trial.user_attrs.get("attempt", 1) + 1)
             return [trial.number for trial in abandoned]
+
+    def _never_begun(self) -> list[int]:
+        """Trials that were asked for longer ago than a lease lasts, by a coordinator that ended before it took them.
+
+        While nobody else asks: all others have taken what they asked for, unless their connection broke off, for which
+        there is the time; the clocks of two machines need not agree well.
+        """
+        found = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        asked_before = datetime.now() - timedelta(seconds=LEASE_S)
+        old = {t._trial_id: t.number for t in found if t.datetime_start and t.datetime_start < asked_before}
+        if not old:
+            return []
+        query = sqlalchemy.text("select trial_id from trial_heartbeats where trial_id in :ids")
+        query = query.bindparams(sqlalchemy.bindparam("ids", expanding=True))
+        engine = _engine(self._storage)
+        assert engine is not None, "shared storages are databases"
+        with engine.connect() as connection:
+            leased = {row[0] for row in connection.execute(query, {"ids": list(old)})}
+        return [number for trial_id, number in old.items() if trial_id not in leased]
 
     def close(self) -> None:
         self._closed.set()

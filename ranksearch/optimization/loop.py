@@ -10,8 +10,9 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from ranksearch.candidates import Profile
+from ranksearch.disk import GO_ON
 from ranksearch.early_stopping import StopRule
-from ranksearch.errors import StudyError
+from ranksearch.errors import StorageError, StudyError
 from ranksearch.executors import AbstractExecutor, Outcome
 from ranksearch.optimization.coordination import RENEW_EVERY_S, coordinating
 from ranksearch.optimization.limits import ResolvedLimits
@@ -26,7 +27,6 @@ from ranksearch.optimization.seeds import (
 )
 from ranksearch.optimization.space import n_plans, to_params
 from ranksearch.optimization.trials import (
-    INTERRUPTED,
     Asked,
     Callbacks,
     Search,
@@ -80,7 +80,8 @@ def optimise(
     pruned trials; controls and duplicates do not count.
 
     Raises StudyError for an unknown sampler, a control that is not in the table, or when ten trials in a row fail;
-    KeyboardInterrupt, with the running plan queued again, where it comes without `should_stop`.
+    KeyboardInterrupt, with the running plan queued again, where it comes without `should_stop`, and StorageError in
+    the same way where a disk is full.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     setting = SamplerSetting(
@@ -204,8 +205,8 @@ class _Loop:
             told = interrupt if record.queued_again else partial(tell_duplicate, known=record)
             self.search.history.add(told(self.search, other.trial))
         if record.queued_again:
-            if record.reason == INTERRUPTED and not self.search.should_stop():
-                raise KeyboardInterrupt
+            if outcome.interrupted and not self.search.should_stop():
+                raise KeyboardInterrupt if outcome.reason is None else StorageError(f"{outcome.reason}{GO_ON}")
             return
         self._n_failures = self._n_failures + 1 if record.state == "failed" else 0
         if self._n_failures >= MAX_FAILURES:

@@ -3,6 +3,7 @@
 One coordinator at a time has a home, and a file of SQLite; a study on PostgreSQL may have several.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -16,17 +17,19 @@ from typing import IO, Any
 
 import optuna
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import IntegrityError, ProgrammingError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from ranksearch.errors import StudyError
+from ranksearch.disk import GO_ON, at_the_door
+from ranksearch.errors import StorageError, StudyError
 from ranksearch.masking import cause, masked
 from ranksearch.optimization.coordination import LEASE_S, RENEW_EVERY_S
 from ranksearch.optimization.journal import JOURNAL, mend_journal, open_journal
 
 LOCK = "coordinator.lock"
+OTHER_HOME = "choose another --home"
 N_ATTEMPTS = 5
 # How long a server is waited for that was there, and how often it is asked.
 PATIENCE_S, ASK_EVERY_S = 1800.0, 1.0
@@ -47,15 +50,18 @@ def coordinator_lock(home: Path, *, around: bool = False) -> Iterator[None]:
 
     Raises StudyError, naming the other process, where one holds it already.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    with _locked(home / LOCK, f"the study in {home}", "choose another --home", around):
+    with at_the_door(home, OTHER_HOME):
+        home.mkdir(parents=True, exist_ok=True)
+    with _locked(home / LOCK, f"the study in {home}", OTHER_HOME, around):
         yield
 
 
 @contextmanager
 def _locked(path: Path, what: str, instead: str, around: bool = False) -> Iterator[None]:
     """Holds the file's lock. Raises StudyError, naming the process that holds it."""
-    with _open_lock(path) as file:
+    with ExitStack() as opened:
+        with at_the_door(path, instead):
+            file = opened.enter_context(_open_lock(path))
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino)
         if identity in _HELD.get():
@@ -67,9 +73,10 @@ def _locked(path: Path, what: str, instead: str, around: bool = False) -> Iterat
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise StudyError(f"{what} is being run by process {holder}; wait for it, stop it, or {instead}") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with at_the_door(path, instead):
+            file.truncate(0)
+            # Not into the file's buffer, which would be written again when it is closed.
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
         token = _HELD.set(_HELD.get() | {identity} if around else _HELD.get())
         try:
             yield
@@ -82,6 +89,8 @@ def _open_lock(path: Path) -> IO[str]:
     try:
         return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW), "a+", encoding="utf-8")
     except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
         raise StudyError(f"{path} cannot be locked: {error.strerror}; remove it") from None
 
 
@@ -96,7 +105,13 @@ def writing_storage(storage: Storage, home: Path | None) -> Iterator[BaseStorage
         if (file := _sqlite_file(storage)) is not None:
             what = f"a study in {file}"
             locks.enter_context(_locked(file.with_name(f"{file.name}.lock"), what, "choose another --storage"))
-        yield from _opened(storage)
+        try:
+            yield from _opened(storage)
+        except (StorageInternalError, SQLAlchemyError) as error:
+            reason = next(iter(str(error.__cause__ or error).splitlines()), "")
+            raise StorageError(
+                masked(f"the Optuna storage {storage} takes nothing more: {reason}; see to it{GO_ON}")
+            ) from cause(error)
 
 
 def check_storage(storage: str) -> None:

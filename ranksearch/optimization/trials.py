@@ -146,7 +146,7 @@ def settle(search: Search, trial: Trial, outcome: Outcome) -> TrialRecord:
 def _settled(search: Search, trial: Trial, outcome: Outcome) -> TrialRecord:
     # What fails once a run shall stop may fail because of that.
     if outcome.interrupted or (outcome.reason is not None and search.should_stop()):
-        return interrupt(search, trial)
+        return interrupt(search, trial, outcome.reason if outcome.interrupted else None)
     if outcome.evaluation is None:
         return _fail(search, trial, outcome.reason or "no evaluation came of it")
     trial.set_user_attr("seconds", outcome.seconds)
@@ -173,12 +173,12 @@ def _fail(search: Search, trial: Trial, reason: str) -> TrialRecord:
     return record
 
 
-def interrupt(search: Search, trial: Trial) -> TrialRecord:
+def interrupt(search: Search, trial: Trial, reason: str | None = None) -> TrialRecord:
     """Fails the trial and queues its plan again; as it was no fault of the plan, it is not held against it."""
     stored = _stored(search, trial)
     requeue(search.study, stored, stored.user_attrs.get("attempt", 1))
     trial.set_user_attr("queued_again", True)
-    return _fail(search, trial, INTERRUPTED)
+    return _fail(search, trial, reason or INTERRUPTED)
 
 
 def tell_duplicate(search: Search, trial: Trial, known: TrialRecord) -> TrialRecord:

@@ -56,6 +56,8 @@ class ActivationQuantizer(nn.Module):
         if self.observe is not None:
             self.observe(values)
             return values
+        if values.dtype != torch.float32:
+            return self.round(values.float()).to(values.dtype)
         if self.fixed is not None:
             step, zero_point = self.fixed
             codes = torch.clamp(torch.round(values / step) + zero_point, 0, ACTIVATION_LEVELS)
@@ -68,7 +70,10 @@ class ActivationQuantizer(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """A layer whose weight is rounded to its `weight_format`; its inputs are rounded where `activation` does so."""
+    """A layer whose weight is rounded to its `weight_format`; its inputs are rounded where `activation` does so.
+
+    It is called as torch's layer is, which names its argument `input`.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -116,8 +121,8 @@ class _Rounded(nn.Module):
 class QuantizedLinear(_Rounded):
     """A linear layer that computes as kernels on rounded weights do."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return functional.linear(self.activation(inputs), self.rounded_weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(self.activation(input), self.rounded_weight, self.bias)
 
 
 class _RoundedConvolution(_Rounded):
@@ -143,15 +148,15 @@ class _RoundedConvolution(_Rounded):
 class QuantizedConv1d(_RoundedConvolution):
     """A convolution over one axis that computes as kernels on rounded weights do."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return functional.conv1d(self.padded(self.activation(inputs)), self.rounded_weight, self.bias, **self.settings)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv1d(self.padded(self.activation(input)), self.rounded_weight, self.bias, **self.settings)
 
 
 class QuantizedConv2d(_RoundedConvolution):
     """A convolution over two axes that computes as kernels on rounded weights do."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return functional.conv2d(self.padded(self.activation(inputs)), self.rounded_weight, self.bias, **self.settings)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv2d(self.padded(self.activation(input)), self.rounded_weight, self.bias, **self.settings)
 
 
 QuantizedModule = QuantizedConv1d | QuantizedConv2d | QuantizedLinear

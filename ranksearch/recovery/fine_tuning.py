@@ -1,6 +1,5 @@
 """Short fine-tuning: the task's loss and distillation from the dense model."""
 
-import copy
 import logging
 import math
 import time
@@ -20,6 +19,7 @@ from ranksearch.recovery.trainer import Trainer
 from ranksearch.recovery.training_state import in_training, is_finite, seeded
 from ranksearch.recovery_settings import Recovery
 from ranksearch.spec import Batches
+from ranksearch.surgery import copy_model
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def fine_tune(
     device = torch.device(recovery.device)
     # A teacher that is the student itself, or lies on another device, is copied: the user's model is never changed.
     if teacher is model or any(p.device != device for p in teacher.parameters()):
-        teacher = copy.deepcopy(teacher).to(device)
+        teacher = copy_model(teacher).to(device)
     # What layers give is held in memory: noted only where it is asked for.
     noted = LayerOutputs(model, teacher) if recovery.layer_outputs else nullcontext()
     with seeded(seed, device), in_training(model, device), noted as layers:

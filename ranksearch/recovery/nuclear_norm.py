@@ -1,6 +1,5 @@
 """Low-rank regularisation: singular values of layers' foldings shrink while a model trains."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, final
@@ -13,6 +12,7 @@ from ranksearch.layers import layer_weight
 from ranksearch.recovery.fine_tuning import diverged, fine_tune
 from ranksearch.recovery_settings import NuclearNorm, Recovery
 from ranksearch.spec import Batches
+from ranksearch.surgery import copy_model
 
 Folding = Callable[[Tensor], Tensor]
 
@@ -118,7 +118,7 @@ def prepare_dense(
     `options` are fine_tune's. Raises StudyError where the training diverges.
     """
     assert recovery.prepare is not None, "there is a preparation to make"
-    prepared = copy.deepcopy(model)
+    prepared = copy_model(model)
     shrinkage = Shrinkage(prepared, names, decompositions, recovery.prepare)
     budget = dataclasses.replace(recovery, epochs=None, steps=recovery.prepare.steps, seconds=None)
     losses = fine_tune(prepared, model, batches, loss, budget, after_step=shrinkage.apply, **options)

@@ -104,6 +104,8 @@ def _backward(
     with torch.enable_grad():
         outputs = call_model(model, inputs)
         sampled = _class_loss(outputs, generator) if is_classification(loss) else _value_loss(outputs, generator)
+        for collector in collectors.values():
+            collector.runs_again = True
         sampled.backward()  # type: ignore[no-untyped-call]
 
 

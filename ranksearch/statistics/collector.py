@@ -46,17 +46,21 @@ class Collector:
         self.max_rows = max(_affordable_rows(self.n_groups, n_inputs), 4 * n_inputs) / max_examples
         self.generator = torch.Generator().manual_seed(seed)
         self.n_rows, self.n_before, self.with_gradients = 0, 0, False
+        # While torch.utils.checkpoint runs a part of the model once more, on the way back.
+        self.runs_again = False
 
     def start(self, n_rows: int, n_before: int, *, with_gradients: bool) -> None:
         """The next call is for `n_rows` examples, after `n_before`."""
         self.n_rows, self.n_before, self.with_gradients = n_rows, n_before, with_gradients
+        self.runs_again = False
 
     def __call__(
         self, _module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor | None:
         inputs = first_argument(arguments, named).detach()
-        self._add_inputs(inputs, count_positions(self.spec, output))
-        if not self.with_gradients:
+        if not self.runs_again:
+            self._add_inputs(inputs, count_positions(self.spec, output))
+        if not self.with_gradients or not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
             # With frozen parameters the first layers have nothing to differentiate: an added zero starts the graph.

@@ -3,7 +3,7 @@
 from ranksearch.tracking.artifacts import Story
 from ranksearch.tracking.lookup import plan_of_run, run_of_plan
 from ranksearch.tracking.pages import Server, page_url, serve
-from ranksearch.tracking.store import NoAnswerError, StudyRun, find_study, resolve_tracking_uri
+from ranksearch.tracking.store import NoAnswerError, StudyRun, check_tracking, find_study, resolve_tracking_uri
 from ranksearch.tracking.tracker import Tracker
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Story",
     "StudyRun",
     "Tracker",
+    "check_tracking",
     "find_study",
     "page_url",
     "plan_of_run",

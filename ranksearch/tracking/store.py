@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ranksearch.disk import at_the_door, check_room
 from ranksearch.errors import StudyError
 from ranksearch.masking import cause, masked
 
@@ -57,6 +58,15 @@ def resolve_tracking_uri(tracking_uri: str | None = None) -> str:
             "use sqlite:///mlflow.db or the http(s) address of a server"
         )
     return uri
+
+
+def check_tracking(tracking_uri: str | None) -> None:
+    """Raises StudyError for a tracking URI that cannot be used, as far as that can be told without opening it."""
+    path = sqlite_path(resolve_tracking_uri(tracking_uri))
+    if path is not None:
+        with at_the_door(path, "give another --tracking-uri"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_room(path.parent)
 
 
 def sqlite_path(tracking_uri: str) -> Path | None:
@@ -126,6 +136,8 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # A traceback for what is raised as well, such as a disk that is full.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def store_failures() -> tuple[type[Exception], ...]:

@@ -3,7 +3,8 @@
 Each question is a module of its own, which says what it asks and what its target is: `architectures`
 (models_architectures.py), nineteen kinds of network from their layers to a verified export; `causal` and `wide`
 (models_memory.py), the statistics, table and compression of a causal model of 135 million parameters, and of a block
-4,096 wide. `--quick` asks each a smaller question.
+4,096 wide; `encoder` (models_encoder.py), what a search makes of a real sentence encoder. `--quick` asks each a smaller
+question, but for the last.
 """
 
 import argparse
@@ -12,14 +13,17 @@ from functools import partial
 from common import Answer, ask, options
 from models_networks import NETWORKS
 
-QUESTIONS = ("architectures", "causal", "wide")
+QUESTIONS = ("architectures", "causal", "wide", "encoder")
 
 
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--only", choices=QUESTIONS, help="one question instead of all")
     parser.add_argument("--architectures", nargs="+", choices=list(NETWORKS), metavar="NAME", help="these rows alone")
-    ask(parser.parse_args(), {name: partial(answer, name) for name in QUESTIONS})
+    parser.add_argument("--trials", type=int, help="of the encoder's search")
+    arguments = parser.parse_args()
+    asked = [name for name in QUESTIONS if name != "encoder" or arguments.only or not arguments.quick]
+    ask(arguments, {name: partial(answer, name) for name in asked})
 
 
 def answer(name: str, arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
@@ -28,6 +32,10 @@ def answer(name: str, arguments: argparse.Namespace) -> tuple[Answer, list[str]]
         import models_architectures
 
         return models_architectures.answer(arguments)
+    if name == "encoder":
+        import models_encoder
+
+        return models_encoder.answer(arguments)
     import models_memory
 
     return models_memory.answer(name, arguments)

@@ -1,6 +1,5 @@
 """From torch modules to ONNX models."""
 
-import copy
 import io
 import warnings
 from collections import Counter
@@ -23,10 +22,12 @@ from ranksearch.runtimes.onnx.integers import multiply_integers
 from ranksearch.runtimes.onnx.quantizers import fold_batch_norms, round_after_moves, share_quantizers, store_codes
 from ranksearch.runtimes.onnx.session import LAYER_PREFIX, layer_of, write_layers_of_outputs, write_structure
 from ranksearch.runtimes.onnx.weights import keep_bits
+from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, port_names, structure_of
 from ranksearch.runtimes.tracing import KnownOperators
+from ranksearch.surgery import copy_model
 
 OPSET = 17
 MULTIPLYING = ("Conv", "Gemm", "MatMul")
@@ -50,9 +51,9 @@ class _Flat(nn.Module):
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         values = call_model(self.model, self.inputs.arrange(leaves))
-        self.outputs = structure_of(values)
+        self.outputs, given = flat_outputs(values)
         self.output_names[:] = port_names(self.outputs, "output", self.input_names)
-        return tuple(leaves_of(values))
+        return tuple(given)
 
 
 def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, dynamic: bool = False) -> Any:
@@ -62,7 +63,7 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, dynamic: bool 
 
     `on_integers` spells quantized layers out in what ONNX Runtime multiplies integers by on a CPU; else they stay as
     pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes. Raises MeasurementError, which names the
-    operator and the layer, where ONNX lacks an operator, and where inputs or outputs are nested.
+    operator and the layer, where ONNX lacks an operator, and where inputs are nested.
     """
     flat, leaves, stored = _flattened(model, example)
     converted = _exported(flat, leaves, dynamic)
@@ -86,7 +87,7 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, dynamic: bool 
 
 def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...], Mapping[str, QuantizedModule]]:
     """A copy of the model in eval mode, its weights fixed, and the layers of it whose weights alone are rounded."""
-    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    frozen = copy_model(model).cpu().eval().requires_grad_(False)
     stored = stored_layers(frozen)
     frozen = fit_windows(fix_weights(frozen))
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))

@@ -1,7 +1,6 @@
 """From torch modules to OpenVINO models."""
 
 import contextlib
-import copy
 import io
 import re
 import warnings
@@ -19,10 +18,12 @@ from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
 from ranksearch.runtimes.openvino.weights import keep_bits
+from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 from ranksearch.runtimes.tracing import KnownOperators
+from ranksearch.surgery import copy_model
 
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
 NOTE = "ranksearch_layer"
@@ -33,7 +34,7 @@ def to_openvino(model: nn.Module, example: Any, *, dynamic: bool = False) -> Any
 
     With `dynamic` the first axis of inputs is of any length.
 
-    Raises MeasurementError where inputs or outputs are nested, and, naming them, for operators without a rule.
+    Raises MeasurementError where inputs are nested, and, naming them, for operators without a rule.
     """
     converted = _convert(model, example, dynamic=dynamic)
     from openvino._offline_transformations import compress_quantize_weights_transformation
@@ -67,7 +68,7 @@ def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_con
     inputs = structure_of(example)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     # OpenVINO shares memory with what it converts; a copy keeps later training out of the compiled model.
-    frozen = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    frozen = copy_model(model).cpu().eval().requires_grad_(False)
     stored = stored_layers(frozen)
     frozen = fit_windows(fix_weights(frozen))
     outputs: list[Structure] = []
@@ -75,8 +76,9 @@ def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_con
     def flat(*leaves: Tensor) -> tuple[Tensor, ...]:
         """The model from a flat list of tensors to a tuple of tensors, which tracing handles surely."""
         values = call_model(frozen, inputs.arrange(leaves))
-        outputs.append(structure_of(values))
-        return tuple(leaves_of(values))
+        structure, given = flat_outputs(values)
+        outputs.append(structure)
+        return tuple(given)
 
     converted = _from_trace(_trace(flat, leaves))
     _note_layers(converted, frozen)

@@ -1,6 +1,6 @@
 """Torch programs on disk, by torch.export, and the names of the layers in them."""
 
-import copy
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from torch.export.passes import move_to_device_pass
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear, activation_quantizers
+from ranksearch.runtimes.outputs import gives_flat_outputs
 from ranksearch.runtimes.pytorch.integers import IntegerProduct
 from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, as_computed, in_precision
 from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import leaves_of, structure_of
 from ranksearch.spec import Target
+from ranksearch.surgery import copy_model
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, QuantizedLinear, QuantizedConv1d, QuantizedConv2d, IntegerProduct)
 # What torch.export keeps of a module's class.
@@ -28,7 +30,7 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
 
     Raises MeasurementError where torch.export cannot.
     """
-    module = as_computed(model, target)
+    module = gives_flat_outputs(as_computed(model, target))
     inputs = in_precision(example, target)
     named = inputs if structure_of(inputs).kind == "mapping" else None
     placed = () if named else tuple(tensor.cpu() for tensor in leaves_of(inputs))
@@ -39,7 +41,7 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
         raise MeasurementError(
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    torch.export.save(program, path)
+    _save(program, path)
 
 
 def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynamic: bool) -> None:
@@ -66,15 +68,22 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynami
         raise MeasurementError(
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    torch.export.save(program, path)
+    _save(program, path)
+
+
+def _save(program: ExportedProgram, path: Path) -> None:
+    # By way of memory: on a full disk torch's own writer ends the process (`terminate called`).
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def exportable(model: nn.Module) -> nn.Module:
     """A copy of the model that torch.export takes: its quantizers as torch imitates them, their scales fixed."""
-    module = fix_weights(copy.deepcopy(model).cpu().eval())
+    module = fix_weights(copy_model(model).cpu().eval())
     for quantizer in activation_quantizers(module).values():
         quantizer.fix()
-    return module
+    return gives_flat_outputs(module)
 
 
 def read_program(path: Path, target: Target, place: torch.device | None) -> Loaded:

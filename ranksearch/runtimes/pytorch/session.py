@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, final
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from ranksearch.errors import MeasurementError
 from ranksearch.runtimes.base import AbstractSession, available_threads, host_isa
 from ranksearch.runtimes.naming import named_layers
+from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pytorch.cuda import Accelerator, DeviceCall
 from ranksearch.runtimes.pytorch.engines import ENGINES, Engine
 from ranksearch.runtimes.pytorch.integers import IntegerProduct, integer_layers
 from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import Structure, check_shape, leaves_of, named_leaves, structure_of
 from ranksearch.spec import Target
-from ranksearch.surgery import replace_modules
+from ranksearch.surgery import copy_model, replace_modules
 
 DTYPES: Mapping[str, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -117,7 +117,7 @@ def load_module(model: nn.Module, example: Any, target: Target) -> Loaded:
 
 def as_computed(model: nn.Module, target: Target) -> nn.Module:
     """A copy of the model, its weights fixed; int8 products keep their steps in float32 whatever the precision."""
-    module = fix_weights(deepcopy(model).eval())
+    module = fix_weights(copy_model(model).eval())
     integer = integer_layers(module, "cpu" if target.device == "cpu" else "cuda", host_isa())
     return replace_modules(module.to("cpu", DTYPES.get(target.precision)), integer)
 
@@ -163,7 +163,8 @@ class TorchSession(AbstractSession):
 
     def run(self, inputs: Any) -> Any:
         outputs = self._engine.run(self._inputs.tensors(inputs))
-        return structure_of(outputs).arrange([_array(leaf) for leaf in leaves_of(outputs)])
+        structure, leaves = flat_outputs(outputs)
+        return structure.arrange([_array(leaf) for leaf in leaves])
 
     def bind(self, inputs: Any) -> Callable[[], None]:
         bound = self._engine.bound(self._inputs.tensors(inputs))
