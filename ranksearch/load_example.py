@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ranksearch.factored import is_chain
+from ranksearch.factored import Factored, is_chain
 from ranksearch.plan import Plan
 
 LOAD_EXAMPLE = "load_example.py"
@@ -64,7 +64,7 @@ def _constructor(module: nn.Module) -> str | None:
         if None in parts or list(module._modules) != [str(i) for i in range(len(parts))]:
             return None
         lines = "".join(f"{indent(str(part), '    ')},\n" for part in parts)
-        return f"nn.Sequential(\n{lines})"
+        return f"{'Factored' if type(module) is Factored else 'nn.Sequential'}(\n{lines})"
     arguments = _arguments(module)
     if arguments is None:
         return None
@@ -124,6 +124,15 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
+
+
+class Factored(nn.Sequential):
+    """A layer's factors, one after the other."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Nothing, in the factors' type: all that models read of a layer's weight, if any."""
+        return self[-1].weight.detach().new_empty(0)
 
 
 def compressed(model: nn.Module) -> nn.Module:
