@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ranksearch.factored import is_chain
+from ranksearch.factored import Factored, is_chain
 from ranksearch.plan import Plan
 
 LOAD_EXAMPLE = "load_example.py"
@@ -64,7 +64,7 @@ def _constructor(module: nn.Module) -> str | None:
         if None in parts or list(module._modules) != [str(i) for i in range(len(parts))]:
             return None
         lines = "".join(f"{indent(str(part), '    ')},\n" for part in parts)
-        return f"nn.Sequential(\n{lines})"
+        return f"{'Factored' if type(module) is Factored else 'nn.Sequential'}(\n{lines})"
     arguments = _arguments(module)
     if arguments is None:
         return None
@@ -117,7 +117,6 @@ weights. In a program of your own:
 import importlib.util
 import sys
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
@@ -125,6 +124,15 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
+
+
+class Factored(nn.Sequential):
+    """A layer's factors, one after the other."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Nothing, in the factors' type: all that models read of a layer's weight, if any."""
+        return self[-1].weight.detach().new_empty(0)
 
 
 def compressed(model: nn.Module) -> nn.Module:
@@ -146,17 +154,13 @@ def dense_model(where: str) -> nn.Module:
     return getattr(module, function)()
 
 
-def named(outputs: object, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Outputs by name, or by their places; what is nested by dotted names."""
-    if isinstance(outputs, torch.Tensor):
-        return {prefix[:-1] or "0": outputs}
+def named(outputs: object) -> dict[str, torch.Tensor]:
+    """Outputs by name, or by their places."""
     if isinstance(outputs, Mapping):
-        children = outputs.items()
-    elif isinstance(outputs, (tuple, list)):
-        children = enumerate(outputs)
-    else:
-        children = vars(outputs).items() if is_dataclass(outputs) else ()
-    return {name: found for key, value in children for name, found in named(value, f"{prefix}{key}.").items()}
+        return dict(outputs)
+    if isinstance(outputs, (tuple, list)):
+        return {str(i): output for i, output in enumerate(outputs)}
+    return {"0": outputs}
 
 
 def main() -> None:

@@ -154,6 +154,21 @@ def test_an_operator_that_cannot_be_converted_is_named(name: str) -> None:
         get_runtime(name).prepare(_Bessel().eval(), torch.randn(2, 4), target)
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_differences_convert(name: str) -> None:
+    """transformers' causal models look by them for packed sequences."""
+
+    class Differences(nn.Module):
+        def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            packed = torch.diff(values, prepend=values[:, :1] - 1, dim=-1)
+            return packed, values.diff(2, 0), (values > 0).diff().int()
+
+    model, values = Differences(), torch.randint(-3, 4, (4, 6))
+    outputs = get_runtime(name).prepare(model, values, Target(runtime=name, batch_size=4)).run(values.numpy())
+    for own, expected in zip(outputs, model(values), strict=True):
+        assert np.array_equal(own, expected.numpy())
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch"])
 def test_outputs_that_are_no_tensors_are_named(name: str) -> None:
     """As transformers' causal models give their cache beside the logits."""

@@ -62,7 +62,8 @@ def answer(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"that mixes decompositions, 8/8 and 4-bit layers, compressed with {BATCH_SIZE * N_BATCHES} calibration "
         f"examples; outputs of OpenVINO and torch within {TOLERANCE:g} of the compressed module's (relative root mean "
         f"square), of the float plan within {FLOAT_TOLERANCE:g}; read again to the bit; an export with ONNX, "
-        f"OpenVINO and pt2 files of any batch, verified; lengths are those of the example; {' and '.join(UNTESTED)} untested"
+        f"OpenVINO and pt2 files of any batch, verified; lengths are those of the example; {' and '.join(UNTESTED)} "
+        "untested"
     )
     target = {"failed": 0, "tolerance": TOLERANCE, "float_tolerance": FLOAT_TOLERANCE}
     return {"rows": rows, "target": target, "holds": holds, "scope": scope}, [

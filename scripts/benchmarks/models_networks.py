@@ -140,6 +140,11 @@ def _words(length: int, n_rows: int, random: torch.Generator) -> Mapping[str, Te
     return {"input_ids": torch.randint(1, N_WORDS, (n_rows, length), generator=random) * mask, "attention_mask": mask}
 
 
+def _ids(length: int, n_rows: int, random: torch.Generator) -> Mapping[str, Tensor]:
+    """Token ids of full length, as causal models are given them."""
+    return {"input_ids": torch.randint(1, N_WORDS, (n_rows, length), generator=random)}
+
+
 _text, _image = partial(_words, 24), partial(_images, 32)
 
 
@@ -208,7 +213,7 @@ NETWORKS: Mapping[str, Network] = {
         use_cache=False,
     ),
     "llama": _transformer(
-        "LlamaForCausalLM", "LlamaConfig", _text, vocab_size=N_WORDS, num_key_value_heads=2,
+        "LlamaForCausalLM", "LlamaConfig", partial(_ids, 24), vocab_size=N_WORDS, num_key_value_heads=2,
         max_position_embeddings=64, use_cache=False, tie_word_embeddings=True, **ENCODER,
     ),
     "t5_encoder": _transformer(

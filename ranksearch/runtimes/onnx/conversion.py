@@ -26,6 +26,7 @@ from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, port_names, structure_of
+from ranksearch.runtimes.tracing import KnownOperators
 from ranksearch.surgery import copy_model
 
 OPSET = 17
@@ -104,7 +105,7 @@ def _exported(flat: _Flat, leaves: tuple[Tensor, ...], dynamic: bool) -> Any:
             n_axes |= {name: leaf.dim() for name, leaf in zip(flat.output_names, outputs, strict=True)}
     try:
         # The newer exporter takes ten times as long.
-        with _exporting(), torch.no_grad():
+        with _exporting(), torch.no_grad(), KnownOperators():
             torch.onnx.export(
                 flat,
                 leaves,

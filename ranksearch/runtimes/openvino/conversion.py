@@ -22,6 +22,7 @@ from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
 from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
+from ranksearch.runtimes.tracing import KnownOperators
 from ranksearch.surgery import copy_model
 
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
@@ -154,7 +155,7 @@ def _constant_address(source: Any) -> int | None:
 
 def _trace(flat: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
     """The function's trace. A function, not a module: torch would script each submodule, which takes longest."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), KnownOperators():
         # torch.jit is deprecated, but what replaces it takes seconds per model.
         warnings.simplefilter("ignore")
         return cast(Any, torch.jit.trace)(flat, leaves, check_trace=False, strict=False)
