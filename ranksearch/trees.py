@@ -1,5 +1,6 @@
 """Inputs, targets and outputs of whatever structure: a tensor, or tuples, lists, mappings and dataclasses of them."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +34,8 @@ def named_tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """`tree` with `function` of each tensor in its place; arrays go in as tensors.
 
-    Dataclasses and named tuples stay what they are, transformers' outputs among them; other mappings become dicts.
+    Dataclasses, named tuples and classes of dicts stay what they are, transformers' outputs among them; other mappings
+    become dicts.
     """
     if isinstance(tree, Tensor):
         return function(tree)
@@ -114,7 +116,12 @@ def _with_children(tree: Any, values: list[Any]) -> Any:
         names = [name for name, _ in _children(tree)]
         return dataclasses.replace(tree, **dict(zip(names, values, strict=True)))
     if isinstance(tree, Mapping):
-        return dict(zip(tree, values, strict=True))
+        changed = dict(zip(tree, values, strict=True))
+        if not isinstance(tree, dict) or type(tree) is dict:
+            return changed
+        other = copy.copy(tree)  # a dict of a class of its own, which may have attributes
+        other.update(changed)
+        return other
     if isinstance(tree, tuple):
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return values if isinstance(tree, list) else tree

@@ -194,6 +194,12 @@ class Pair(NamedTuple):
     states: dict[str, Tensor]
 
 
+class Attributes(dict[str, Tensor]):
+    """A dict whose values are read as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
 class Attending(nn.Module):
     """Takes a mask by keyword; calls layers by keyword, several times, under a checkpoint; gives what `give` makes."""
 
@@ -222,6 +228,7 @@ GIVEN: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]
     ),
     "nested dicts": (lambda logits, mixed: {"out": {"logits": logits}, "no": None, "mixed": [mixed]},
                      lambda o: o["out"]["logits"]),
+    "a dict with attributes": (lambda logits, mixed: Attributes(logits=logits, mixed=mixed), lambda o: o.logits),
     "a tuple with None": (lambda logits, mixed: (logits, None), lambda o: o[0]),
 }  # fmt: skip
 
