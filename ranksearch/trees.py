@@ -26,7 +26,8 @@ def tensors(tree: Any) -> list[Tensor]:
 def named_tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
     """The tensors in `tree` in their order by dotted name: `logits`, `states.0`; a tensor alone is `0`."""
     if isinstance(tree, Tensor | np.ndarray):
-        return {name or "0": torch.as_tensor(tree)}
+        (tensor,) = tensors(tree)  # not as_tensor, which a trace would keep
+        return {name or "0": tensor}
     prefix = f"{name}." if name else ""
     return {path: t for key, value in _children(tree) for path, t in named_tensors(value, prefix + key).items()}
 
