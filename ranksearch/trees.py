@@ -1,5 +1,6 @@
 """Inputs, targets and outputs of whatever structure: a tensor, or tuples, lists, mappings and dataclasses of them."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,8 @@ def tensors(tree: Any) -> list[Tensor]:
 def named_tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
     """The tensors in `tree` in their order by dotted name: `logits`, `states.0`; a tensor alone is `0`."""
     if isinstance(tree, Tensor | np.ndarray):
-        return {name or "0": torch.as_tensor(tree)}
+        (tensor,) = tensors(tree)  # not as_tensor, which a trace would keep
+        return {name or "0": tensor}
     prefix = f"{name}." if name else ""
     return {path: t for key, value in _children(tree) for path, t in named_tensors(value, prefix + key).items()}
 
@@ -33,7 +35,8 @@ def named_tensors(tree: Any, name: str = "") -> dict[str, Tensor]:
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     """`tree` with `function` of each tensor in its place; arrays go in as tensors.
 
-    Dataclasses and named tuples stay what they are, transformers' outputs among them; other mappings become dicts.
+    Dataclasses, named tuples and classes of dicts stay what they are, transformers' outputs among them; other mappings
+    become dicts.
     """
     if isinstance(tree, Tensor):
         return function(tree)
@@ -114,7 +117,12 @@ def _with_children(tree: Any, values: list[Any]) -> Any:
         names = [name for name, _ in _children(tree)]
         return dataclasses.replace(tree, **dict(zip(names, values, strict=True)))
     if isinstance(tree, Mapping):
-        return dict(zip(tree, values, strict=True))
+        changed = dict(zip(tree, values, strict=True))
+        if not isinstance(tree, dict) or type(tree) is dict:
+            return changed
+        other = copy.copy(tree)  # a dict of a class of its own, which may have attributes
+        other.update(changed)
+        return other
     if isinstance(tree, tuple):
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return values if isinstance(tree, list) else tree

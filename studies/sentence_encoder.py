@@ -145,7 +145,7 @@ def load_data() -> rs.Data:
 
 
 def load_model() -> torch.nn.Module:
-    """The trained encoder, 0.867 on all pairs of STS-B's development part."""
+    """The trained encoder, 0.866 on all pairs of STS-B's development part (0.867 on sentences of any length)."""
     return encoder().model()
 
 

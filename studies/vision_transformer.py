@@ -105,7 +105,7 @@ def trained_model() -> str:
 def load_model() -> nn.Module:
     """The trained network, images (N, 3, H, W) in, logits (N, 10) out."""
     model = os.environ.get("MODEL") or trained_model()
-    return rs.adapters.Classifier(AutoModelForImageClassification.from_pretrained(model)).eval()
+    return rs.adapters.Classifier(AutoModelForImageClassification.from_pretrained(model, dtype="float32")).eval()
 
 
 def load_data() -> rs.Data:

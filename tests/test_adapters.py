@@ -111,6 +111,13 @@ def test_a_causal_model_is_asked_for_the_next_token_of_blocks(tmp_path: Path) ->
     assert isinstance(adapter.score, type(rs.perplexity))
 
 
+def test_what_was_published_in_bfloat16_is_loaded_in_float32(tmp_path: Path) -> None:
+    network = tiny_model("llama", CAUSAL).bfloat16()
+    network.save_pretrained(tmp_path)
+    model = rs.adapters.causal_language_model(tmp_path).model()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def example_of(family: str) -> Any:
     if family in ("vit", "deit", "dinov2", "swin"):
         return {"pixel_values": torch.zeros(1, 3, 32, 32) if family == "swin" else torch.zeros(1, 3, 16, 16)}

@@ -1,6 +1,7 @@
 """Disks that are full or closed, at the start and in the middle: a sentence, and the same command goes on."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -143,8 +144,10 @@ def test_a_limit_on_files_ends_the_run_and_nothing_is_lost(commands: Commands, t
 
 def test_the_exit_code_is_right_where_nothing_can_be_printed() -> None:
     words = [sys.executable, "-c", "from ranksearch import cli; print('a line'); cli._exit('no space', 75)"]
+    # So that the line waits to be written until the end.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        assert subprocess.run(words, stdout=full, stderr=full).returncode == 75
+        assert subprocess.run(words, stdout=full, stderr=full, env=environment).returncode == 75
 
 
 def check_that_it_goes_on(commands, folder, home, make_room, told) -> None:  # type: ignore[no-untyped-def]

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import ranksearch as rs
 from ranksearch.export import named_values
 from ranksearch.layers import compressible_layers
+from ranksearch.load_example import loading_script
 from ranksearch.portable import FORMATS, write_portable
 from ranksearch.runtimes import get_runtime
 from ranksearch.statistics import LayerStatistics, collect
@@ -193,6 +194,12 @@ class Pair(NamedTuple):
     states: dict[str, Tensor]
 
 
+class Attributes(dict[str, Tensor]):
+    """A dict whose values are read as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
 class Attending(nn.Module):
     """Takes a mask by keyword; calls layers by keyword, several times, under a checkpoint; gives what `give` makes."""
 
@@ -221,6 +228,7 @@ GIVEN: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]
     ),
     "nested dicts": (lambda logits, mixed: {"out": {"logits": logits}, "no": None, "mixed": [mixed]},
                      lambda o: o["out"]["logits"]),
+    "a dict with attributes": (lambda logits, mixed: Attributes(logits=logits, mixed=mixed), lambda o: o.logits),
     "a tuple with None": (lambda logits, mixed: (logits, None), lambda o: o[0]),
 }  # fmt: skip
 
@@ -261,6 +269,17 @@ def test_nested_outputs_are_exported_under_dotted_names(give: Any, tmp_path: Pat
         tmp_path / "portable.pt2", {k: v.numpy() for k, v in inputs.items()}, rs.Target(runtime="torch", batch_size=4)
     )
     assert list(named_values(session.run({k: v.numpy() for k, v in inputs.items()}))) == names
+
+
+def test_the_script_of_an_export_folder_names_outputs_as_its_example_does() -> None:
+    script: dict[str, Any] = {"__name__": "load_example", "__file__": "load_example.py"}
+    exec(loading_script(rs.Plan(layers={}), nn.Identity(), torch.ones(1)), script)
+    x, y = torch.ones(2, 3), torch.zeros(2)
+    for outputs in (x, (x, None), Found(x, (x, y)), Pair(x, {"a": y}), {"out": [x, {"b": y}]},
+                    SequenceClassifierOutput(logits=x, hidden_states=(x, y))):  # fmt: skip
+        named = script["named"](outputs)
+        assert list(named) == list(named_values(outputs))
+        assert all(torch.equal(named[name], value) for name, value in named_values(outputs).items())
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

@@ -261,9 +261,9 @@ def test_sentences_of_stsb_score_as_published(sentences: ModuleType) -> None:
     if importlib.util.find_spec(sentences.PACKAGE) is None:
         pytest.skip(f"{sentences.PACKAGE} is not installed")
     pairs = sentences.read_pairs()
-    # A quarter of the pairs: the whole takes minutes on a slow core.
-    scores = score_model(sentences.load_model(), pairs.batches(torch.arange(0, len(pairs), 4)), sentences.study.score)
-    assert len(pairs) == 1500 and 0.84 <= scores.value <= 0.90
+    # Every sixth pair, 0.876; all of them, 0.866, take a minute on a slow core.
+    scores = score_model(sentences.load_model(), pairs.batches(torch.arange(0, len(pairs), 6)), sentences.study.score)
+    assert len(pairs) == 1500 and scores.value == pytest.approx(0.876, abs=0.005)
 
 
 def test_the_language_model_is_trained_once_on_pages_of_its_own(

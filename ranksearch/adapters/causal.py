@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranksearch.adapters.base import Adapter, library
-from ranksearch.adapters.encoders import tokenize
+from ranksearch.adapters.base import Adapter
+from ranksearch.adapters.encoders import pretrained, tokenize
 from ranksearch.scores import NO_TOKEN, perplexity
 
 
@@ -53,7 +53,7 @@ def next_tokens(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _load(model: str) -> nn.Module:
-    return CausalLanguageModel(library("transformers").AutoModelForCausalLM.from_pretrained(model)).eval()
+    return CausalLanguageModel(pretrained("AutoModelForCausalLM", model)).eval()
 
 
 def _blocks(model: str, length: int, texts: Sequence[str]) -> dict[str, Tensor]:

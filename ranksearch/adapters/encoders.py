@@ -86,6 +86,12 @@ def tokenize(model: str, length: int, texts: Sequence[Text], **options: Any) -> 
     return {name: tokens[name] for name in tokenizer.model_input_names}
 
 
+def pretrained(kind: str, model: str) -> nn.Module:
+    """transformers' model of this name or folder, by one of its Auto classes, in float32 however it was published."""
+    network: nn.Module = getattr(library("transformers"), kind).from_pretrained(model, dtype="float32")
+    return network
+
+
 def _embeddable(model: str, length: int, texts: Sequence[Text]) -> dict[str, Tensor]:
     tokens = tokenize(model, length, texts)
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
@@ -100,8 +106,8 @@ def _tokenizer(model: str) -> Any:
 
 
 def _load_classifier(model: str) -> nn.Module:
-    return Classifier(library("transformers").AutoModelForSequenceClassification.from_pretrained(model)).eval()
+    return Classifier(pretrained("AutoModelForSequenceClassification", model)).eval()
 
 
 def _load_encoder(model: str) -> nn.Module:
-    return SentenceEncoder(library("transformers").AutoModel.from_pretrained(model)).eval()
+    return SentenceEncoder(pretrained("AutoModel", model)).eval()

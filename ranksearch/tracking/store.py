@@ -150,7 +150,9 @@ def store_failures() -> tuple[type[Exception], ...]:
 
 def failure_text(error: Exception) -> str:
     """The first line of what a store's failure says, without passwords; of anything else its name too."""
-    line = masked(next(iter(str(error).splitlines()), type(error).__name__))
+    # SQLAlchemy may say first when it came to the failure, and then what it was.
+    said = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
+    line = masked(next(iter(said), type(error).__name__))
     return line if isinstance(error, (StudyError, *store_failures())) else f"{type(error).__name__}: {line}"
 
 
