@@ -64,7 +64,10 @@ def _write_checked(model: "nn.Module", example: Any, folder: Path, name: str, dy
     for module in found.needs:
         require(module, f"an export to {name}", found.extra)
     path = found.write(model, example, folder, dynamic)
-    run = found.open(path)
+    try:
+        run = found.open(path)
+    except Exception as error:  # each runtime has its own
+        raise MeasurementError(f"{path.name} cannot be read again: {_reason(error)}; choose another format") from error
     n_rows = count_rows(example)
     # A batch that was baked in is found out by another one.
     for rows in dict.fromkeys([n_rows, max(1, n_rows // 2)] if dynamic else [n_rows]):
@@ -78,12 +81,15 @@ def _check(model: "nn.Module", inputs: Any, run: Callable[[Arrays], Arrays], whe
             wanted = [value.numpy() for value in tensors(call_model(model, inputs))]
         given = run([torch.as_tensor(leaf).numpy() for leaf in leaves_of(inputs)])
     except Exception as error:  # each runtime has its own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise MeasurementError(f"{where} does not run: {reason}; export with a static batch instead") from error
+        raise MeasurementError(f"{where} does not run: {_reason(error)}; export with a static batch instead") from error
     for own, other in zip(given, wanted, strict=True):
         distance = relative_distance(own, other)
         if not distance <= TOLERANCE:
             raise MeasurementError(f"{where} gives other outputs than torch: relative difference {distance:.1e}")
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def relative_distance(actual: NDArray[Any], wanted: NDArray[Any]) -> float:

@@ -9,15 +9,18 @@ from torch.overrides import TorchFunctionMode
 
 @final
 class KnownOperators(TorchFunctionMode):
-    """While open, torch.diff is traced as the subtraction that it is: neither OpenVINO nor ONNX has a rule for it.
+    """While open, torch.diff is traced as the subtraction that it is, and sums of truth values as those of integers.
 
-    The causal models of transformers look by it for sequences that were packed into one.
+    For the former neither OpenVINO nor ONNX has a rule, ONNX none for the latter. The causal models of transformers
+    look by them for sequences that were packed into one.
     """
 
     def __torch_function__(self, function: Any, _types: Any, arguments: Any = (), named: Any = None) -> Any:
         named = named or {}
         if function in (torch.diff, Tensor.diff):
             return _difference(*arguments, **named)
+        if function in (torch.cumsum, Tensor.cumsum) and arguments and arguments[0].dtype == torch.bool:
+            arguments = (arguments[0].long(), *arguments[1:])
         return function(*arguments, **named)
 
 
