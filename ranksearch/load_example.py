@@ -117,6 +117,7 @@ weights. In a program of your own:
 import importlib.util
 import sys
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import torch
@@ -154,13 +155,17 @@ def dense_model(where: str) -> nn.Module:
     return getattr(module, function)()
 
 
-def named(outputs: object) -> dict[str, torch.Tensor]:
-    """Outputs by name, or by their places."""
+def named(outputs: object, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Outputs by name, or by their places; what is nested by dotted names."""
+    if isinstance(outputs, torch.Tensor):
+        return {prefix[:-1] or "0": outputs}
     if isinstance(outputs, Mapping):
-        return dict(outputs)
-    if isinstance(outputs, (tuple, list)):
-        return {str(i): output for i, output in enumerate(outputs)}
-    return {"0": outputs}
+        children = outputs.items()
+    elif isinstance(outputs, (tuple, list)):
+        children = enumerate(outputs)
+    else:
+        children = vars(outputs).items() if is_dataclass(outputs) else ()
+    return {name: found for key, value in children for name, found in named(value, f"{prefix}{key}.").items()}
 
 
 def main() -> None:

@@ -77,11 +77,13 @@ def test_a_row_tells_what_came_back(rooms: dict[str, Any], subject: Any) -> None
 
 
 def test_plans_of_equal_bytes_are(rooms: dict[str, Any], subject: Any) -> None:
-    plans = list(rooms["joint"].plans(subject))
-    sizes = [packed_bytes(rebuild(subject.model, plan)) for _, plan in plans]
-    assert [name for name, _ in plans][::2] == ["8/8 alone", "4/32 alone", "low rank 8/8, as small"]
-    assert sizes[4] <= sizes[2]
-    assert sizes[1] == sizes[3], "its linear layers have no spatial rank: as small as it gets"
+    joint = rooms["joint"]
+    sizes = {name: packed_bytes(rebuild(subject.model, plan)) for name, plan in joint.plans(subject)}
+    assert tuple(sizes) == joint.NAMES and sizes[joint.BOTH_AS_FOUR] <= sizes[joint.FOUR]
+    as_small = "its linear layers have no spatial rank: as small as it gets"
+    assert sizes[joint.LOW_AS_EIGHT] == sizes[joint.LOW_AS_FOUR], as_small
+    ((wanted, _),) = joint.plans(subject, [joint.EIGHT])
+    assert wanted == joint.EIGHT
 
 
 def test_factors_out_of_balance_give_the_same_outputs(rooms: dict[str, Any], subject: Any) -> None:
