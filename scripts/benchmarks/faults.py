@@ -17,6 +17,8 @@ QUESTIONS = ("fuzz", "kills")
 def main() -> None:
     parser = options(__doc__ or "")
     parser.add_argument("--only", choices=QUESTIONS, help="one question instead of all")
+    parser.add_argument("--kills", type=int, help="so many; fewer than 200 fall short of the question")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills' moments")
     ask(parser.parse_args(), {name: partial(answer, name) for name in QUESTIONS})
 
 

@@ -40,7 +40,8 @@ class Found:
 
 def answer(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """Kills studies until there were as many kills as asked for."""
-    wanted, found, rng = N_KILLS_QUICK if arguments.quick else N_KILLS, Found(), random.Random(0)
+    wanted = arguments.kills or (N_KILLS_QUICK if arguments.quick else N_KILLS)
+    found, rng = Found(), random.Random(arguments.seed)
     import_all()
     started = time.monotonic()
     with scratch() as folder:
