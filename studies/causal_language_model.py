@@ -15,13 +15,13 @@ from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 import ranksearch as rs
 from ranksearch.cache import cache_directory, content_hash
 
 try:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 except ImportError as error:
     raise ImportError("this study needs transformers: pip install 'ranksearch[transformers]'") from error
