@@ -195,7 +195,6 @@ def open_workbench(
     found = _selected(compressible_layers(model, example), spec)
     with timed_cores(spec.target):
         _check_ties(spec, found, runtime)
-    with timed_cores(spec.target):
         session = runtime.prepare(model, example, spec.target)
     scores = score_model(model, data.validation, spec.score)
     dense = Dense(

@@ -3,11 +3,14 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
+from ranksearch.scores import top1
 from ranksearch.spec import Score
 
 
@@ -24,6 +27,18 @@ class Adapter:
     loss: Callable[[Any, Any], Any]
     score: Score
     higher_is_better: bool = True
+
+
+def image_classifier(name: str, load: Callable[[str], nn.Module], transform: Callable[[str], Any]) -> Adapter:
+    """The classifier that `load` gives by its name, fed with images of PIL as its own `transform` changes them."""
+    return Adapter(
+        model=partial(load, name), inputs=partial(_transformed, transform, name), loss=F.cross_entropy, score=top1
+    )
+
+
+def _transformed(transform: Callable[[str], Any], name: str, image: Any) -> Tensor:
+    tensor: Tensor = transform(name)(image)
+    return tensor
 
 
 def library(module: str) -> Any:

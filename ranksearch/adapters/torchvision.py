@@ -1,28 +1,21 @@
 """torchvision's image classifiers."""
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ranksearch.adapters.base import Adapter, library
-from ranksearch.scores import top1
+from ranksearch.adapters.base import Adapter, image_classifier, library
 
 
 def torchvision_classifier(name: str) -> Adapter:
     """torchvision's model of this name with its best published weights; `inputs` takes an image of PIL."""
-    return Adapter(model=partial(_load, name), inputs=partial(_transformed, name), loss=F.cross_entropy, score=top1)
+    return image_classifier(name, _load, _transform)
 
 
 def _load(name: str) -> nn.Module:
     model: nn.Module = library("torchvision.models").get_model(name, weights="DEFAULT")
     return model
-
-
-def _transformed(name: str, image: Any) -> Tensor:
-    tensor: Tensor = _transform(name)(image)
-    return tensor
 
 
 @cache

@@ -26,16 +26,7 @@ from ranksearch.optimization.seeds import (
     next_seed,
 )
 from ranksearch.optimization.space import n_plans, to_params
-from ranksearch.optimization.trials import (
-    Asked,
-    Callbacks,
-    Search,
-    ask_next,
-    interrupt,
-    settle,
-    start,
-    tell_duplicate,
-)
+from ranksearch.optimization.trials import Asked, Callbacks, Search, ask_next, interrupt, settle, start, tell_duplicate
 from ranksearch.optimization.weight_errors import WeightErrors, no_weight_errors
 from ranksearch.pareto import REFERENCE_POINT
 from ranksearch.plan import Plan
