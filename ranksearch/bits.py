@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ranksearch.layers import LayerSpec
+from ranksearch.layers import EmbeddingSpec, WeightSpec
 from ranksearch.plan import LayerChoice, Option
 from ranksearch.runtimes import AbstractRuntime
 from ranksearch.runtimes.base import HALF_PRECISIONS, float_bits
@@ -28,13 +28,14 @@ class OfferedBits:
 
 
 def offered_bits(
-    runtime: AbstractRuntime, spec: LayerSpec, target: Target, weight_bits: Sequence[int], *, for_size: bool
+    runtime: AbstractRuntime, spec: WeightSpec, target: Target, weight_bits: Sequence[int], *, for_size: bool
 ) -> tuple[OfferedBits, ...]:
     """The bits on offer for a layer: of each count of weight bits every pair that a kernel runs.
 
-    Where none does, one with activations in the target's float, for storage only, if size counts (`for_size`).
+    Where none does, one with activations in the target's float, for storage only, if size counts (`for_size`): all of
+    an embedding's, with which nothing is computed.
     """
-    supported = runtime.supported_bits(spec, target)
+    supported = ((32, 32),) if isinstance(spec, EmbeddingSpec) else runtime.supported_bits(spec, target)
     offered = []
     for count in weight_bits:
         pairs = [pair for pair in supported if pair[0] == count]

@@ -14,7 +14,16 @@ from ranksearch.errors import DecompositionError, PlanError
 from ranksearch.factored import Factored
 from ranksearch.factorisations import Factorisations
 from ranksearch.inputs import check_inputs
-from ranksearch.layers import LayerSpec, build_layer, can_be_split, compressible_layers, layer_spec, layer_weight
+from ranksearch.layers import (
+    EmbeddingSpec,
+    WeightSpec,
+    build_layer,
+    can_be_split,
+    compressible_layers,
+    layer_spec,
+    layer_weight,
+    weight_spec,
+)
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import (
     CODE_LIMIT,
@@ -27,7 +36,7 @@ from ranksearch.quantization import (
     activation_quantizers,
     observe_ranges,
     quantize_module,
-    quantized_modules,
+    quantized_layers,
     round_outputs,
     rounded_outputs,
     shared_tensors,
@@ -55,7 +64,7 @@ BUILT_BITS: Mapping[tuple[int, int], tuple[str, ...]] = {
 }
 
 
-def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
+def check_plan(model: nn.Module, plan: Plan) -> dict[str, WeightSpec]:
     """The specs of the layers that the plan changes.
 
     Raises PlanError for a layer that the model does not have or that cannot be compressed, and for a choice that
@@ -70,17 +79,24 @@ def check_plan(model: nn.Module, plan: Plan) -> dict[str, LayerSpec]:
     return {name: _checked(name, modules[name], choice) for name, choice in plan.changes().items()}
 
 
-def _checked(name: str, module: nn.Module, choice: LayerChoice) -> LayerSpec:
-    spec = layer_spec(module)
+def _checked(name: str, module: nn.Module, choice: LayerChoice) -> WeightSpec:
+    spec = weight_spec(module)
     if parametrize.is_parametrized(module) or (spec is not None and module._parameters.get("weight") is None):
         raise PlanError(f"layer {name!r}: its weight is computed from others; rs.expose_layers makes it plain")
     if spec is None:
         split = "; rs.expose_layers splits it into Linears" if can_be_split(module) else ""
         raise PlanError(
-            f"layer {name!r} is a {type(module).__name__}; only Linear, Conv1d, Conv2d and transformers' Conv1D "
-            f"can be compressed{split}"
+            f"layer {name!r} is a {type(module).__name__}; only Linear, Conv1d, Conv2d and transformers' Conv1D can be "
+            f"compressed, and Embedding rounded{split}"
         )
     _check_bits(name, choice)
+    if isinstance(spec, EmbeddingSpec):
+        if choice.decomposition != "none" or choice.activation_bits == 8:
+            raise PlanError(
+                f"layer {name!r} is an Embedding, whose inputs are indices: only the bits of its weights can be fewer, "
+                f"not {choice.label}"
+            )
+        return spec
     try:
         check_choice(spec, choice, layer=name)
     except DecompositionError as error:
@@ -164,7 +180,7 @@ def compress(
     return _rounded(compressed, plan, weight_limit, shared, calibration)
 
 
-def _telling(module: nn.Module, spec: LayerSpec) -> nn.Module:
+def _telling(module: nn.Module, spec: WeightSpec) -> nn.Module:
     """The module (in place) that stands for a layer of this spec, telling sizes and strides as that did.
 
     Some models read them, as transformers' MobileNetV2 does to pad.
@@ -183,7 +199,12 @@ def _rounded(
     if calibration is None or not integers:
         return _quantize(model, plan, weight_limit, shared)
     inputs = first_inputs(calibration, ROUNDING_EXAMPLES)
-    factors = [_join(name, path) for name in integers for path in _factor_modules(model.get_submodule(name))]
+    factors = [
+        _join(name, path)
+        for name in integers
+        for path, module in _factor_modules(model.get_submodule(name)).items()
+        if layer_spec(module) is not None  # an embedding has no inputs to round it by
+    ]
     wanted = sample_outputs(model, factors, inputs)
     quantized = _quantize(model, plan, weight_limit, shared)
     calibrate_ranges(quantized, calibration)
@@ -203,7 +224,7 @@ def count_params(model: nn.Module) -> int:
 
 
 def _collect(
-    model: nn.Module, specs: Mapping[str, LayerSpec], calibration: Batches | None, loss: Any
+    model: nn.Module, specs: Mapping[str, WeightSpec], calibration: Batches | None, loss: Any
 ) -> dict[str, LayerStatistics]:
     if calibration is None or not specs:
         return {}
@@ -215,8 +236,8 @@ def _collect(
     return collect(model, {name: found[name] for name in specs if name in found}, calibration, loss)
 
 
-def _spec(module: nn.Module) -> LayerSpec:
-    spec = layer_spec(module)
+def _spec(module: nn.Module) -> WeightSpec:
+    spec = weight_spec(module)
     assert spec is not None, "checked by check_plan"
     return spec
 
@@ -229,6 +250,7 @@ def _built(layer: nn.Module, choice: LayerChoice) -> nn.Module:
         for name, parameter in built.named_parameters():
             parameter.requires_grad_(layer.get_parameter(name).requires_grad)
     else:
+        assert not isinstance(spec, EmbeddingSpec), "checked by check_plan"
         built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.factor_options)
         built = Factored(*built) if type(built) is nn.Sequential else built
     return _telling(built.to(layer.get_parameter("weight")).train(layer.training), spec)
@@ -270,7 +292,7 @@ def _filled(model: nn.Module, name: str, choice: LayerChoice, factorisations: Fa
 
 def _factor_modules(built: nn.Module) -> dict[str, nn.Module]:
     """The parametrised modules of a built layer by their path below it, in the order in which they run."""
-    return {name: module for name, module in built.named_modules() if layer_spec(module) is not None}
+    return {name: module for name, module in built.named_modules() if weight_spec(module) is not None}
 
 
 def _last_factors(built: Mapping[str, nn.Module], plan: Plan) -> dict[str, str]:
@@ -309,7 +331,7 @@ def _places(model: nn.Module, plan: Plan, shared: SharedTensors) -> RoundedOutpu
     """Where the quantizers of 8-bit layers sit, by quantized module: a layer's first factor reads, its last gives."""
     layers = [name for name, choice in plan.layers.items() if choice.activation_bits == 8]
     places = rounded_outputs(shared, layers)
-    factors = {name: list(quantized_modules(model.get_submodule(name))) for name in layers}
+    factors = {name: list(quantized_layers(model.get_submodule(name))) for name in layers}
     return RoundedOutputs(
         inputs={_join(name, factors[name][0]): module for name, module in places.inputs.items()},
         results={_join(name, factors[name][-1]): module for name, module in places.results.items()},

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from ranksearch.bits import offered_bits
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.disk import told_full
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.home import StudyHome, write_json
 from ranksearch.home_records import control_records
-from ranksearch.layers import LayerInfo, LayerSpec
+from ranksearch.layers import EmbeddingSpec, WeightInfo, WeightSpec
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.recovery import recover
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge, drop_columns
@@ -29,13 +30,11 @@ RANK_MULTIPLE = 8
 
 def control_plans(bench: Workbench) -> list[tuple[str, Plan]]:
     """Dense, every layer at 8 bits where the target has the kernels, and uniform ranks: (origin, plan)."""
-    layers, space = bench.found.layers, bench.spec.space
+    layers, space = bench.found.all, bench.spec.space
     plans = [("control: dense", Plan(layers=dict.fromkeys(layers, DENSE)))]
-    supported = {name: bench.runtime.supported_bits(info.spec, bench.spec.target) for name, info in layers.items()}
-    if 8 in space.weight_bits and any((8, 8) in bits for bits in supported.values()):
-        quantized = LayerChoice(weight_bits=8, activation_bits=8)
-        choices = {name: quantized if (8, 8) in bits else DENSE for name, bits in supported.items()}
-        plans.append(("control: 8 bits", Plan(layers=choices)))
+    in_8_bits = Plan(layers={name: _in_8_bits(bench, info) for name, info in layers.items()})
+    if any(choice.activation_bits == 8 for choice in in_8_bits.layers.values()):
+        plans.append(("control: 8 bits", in_8_bits))
     order = [name for name in ("tucker2", "spatial_svd", "svd") if name in space.decompositions]
     for share in UNIFORM_SHARES:
         plan = uniform_plan(layers, order, share, space.rank_multiple)
@@ -44,8 +43,19 @@ def control_plans(bench: Workbench) -> list[tuple[str, Plan]]:
     return plans
 
 
+def _in_8_bits(bench: Workbench, info: WeightInfo) -> LayerChoice:
+    """The layer in 8/8 where the target has the kernel, an embedding in 8 bits where size counts; else as it is."""
+    spec, is_embedding = bench.spec, isinstance(info.spec, EmbeddingSpec)
+    counts, for_size = [count for count in spec.space.weight_bits if count == 8], "bytes" in spec.objectives
+    offered = offered_bits(bench.runtime, info.spec, spec.target, counts, for_size=for_size)
+    return next((bits.of(DENSE) for bits in offered if is_embedding or bits.activation_bits == 8), DENSE)
+
+
 def uniform_plan(
-    layers: Mapping[str, LayerInfo], decompositions: Sequence[str], share: float, rank_multiple: int | None
+    layers: Mapping[str, WeightInfo],
+    decompositions: Sequence[str],
+    share: float,
+    rank_multiple: int | None,
 ) -> Plan:
     """Each layer at about `share` of its weights, by the first of `decompositions` that can; else left whole.
 
@@ -61,8 +71,10 @@ def uniform_plan(
 
 
 def _uniform_choices(
-    spec: LayerSpec, decompositions: Sequence[str], share: float, rank_multiple: int
+    spec: WeightSpec, decompositions: Sequence[str], share: float, rank_multiple: int
 ) -> Iterator[LayerChoice]:
+    if isinstance(spec, EmbeddingSpec):
+        return
     for name in decompositions:
         method = DECOMPOSITIONS[name]
         if method.refuse(spec) is None:

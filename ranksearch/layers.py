@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,25 @@ class ConvSpec:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingSpec:
+    """A table of embeddings without its weights: its rows are looked up, not multiplied by, so it takes bits alone."""
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.num_embeddings, self.embedding_dim)
+
+
 LayerSpec = LinearSpec | ConvSpec
+WeightSpec = LayerSpec | EmbeddingSpec
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 _PRECISIONS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 # What is a layer, or becomes one by rs.expose_layers.
-_KINDS = (nn.Linear, *_CONVOLUTIONS.values(), nn.MultiheadAttention)
+_KINDS = (nn.Linear, *_CONVOLUTIONS.values(), nn.MultiheadAttention, nn.Embedding)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,11 +83,34 @@ class LayerInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingInfo:
+    """A table of embeddings as it runs; `input_shape` is that of the first indices it is asked for."""
+
+    name: str
+    spec: EmbeddingSpec
+    input_shape: tuple[int, ...]
+    n_params: int
+    n_calls: int
+
+
+WeightInfo = LayerInfo | EmbeddingInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FoundLayers:
-    """The compressible layers by name, in the order in which they first run, and the skipped with the reason."""
+    """The compressible layers by name, in the order in which they first run, and the skipped with the reason.
+
+    `embeddings` take bits alone.
+    """
 
     layers: Mapping[str, LayerInfo]
     skipped: Mapping[str, str]
+    embeddings: Mapping[str, EmbeddingInfo] = field(default_factory=dict)
+
+    @property
+    def all(self) -> Mapping[str, WeightInfo]:
+        """Whatever a plan may change, layers first."""
+        return {**self.layers, **self.embeddings}
 
 
 def layer_spec(module: nn.Module) -> LayerSpec | None:
@@ -96,6 +133,15 @@ def layer_spec(module: nn.Module) -> LayerSpec | None:
     return None
 
 
+def weight_spec(module: nn.Module) -> WeightSpec | None:
+    """The spec of what takes bits: that of a layer, or of an nn.Embedding that only looks up its rows; else None."""
+    if type(module) is nn.Embedding:
+        # Others change their weight when they run, or train it by gradients that no optimizer here takes.
+        plain = module.max_norm is None and not module.sparse
+        return _embedding_spec(module) if plain else None
+    return layer_spec(module)
+
+
 def layer_weight(module: nn.Module) -> Tensor:
     """The module's weight as its spec has it, (T, ...), outputs first: a detached view, through which it is written."""
     weight = module.weight
@@ -103,8 +149,18 @@ def layer_weight(module: nn.Module) -> Tensor:
     return weight.detach().T if _is_transposed_linear(module) else weight.detach()
 
 
-def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv1d | nn.Conv2d:
+@overload
+def build_layer(spec: LayerSpec) -> nn.Linear | nn.Conv1d | nn.Conv2d: ...
+
+
+@overload
+def build_layer(spec: WeightSpec) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding: ...
+
+
+def build_layer(spec: WeightSpec) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding:
     """A fresh layer of torch's own kind for this spec, weights as torch initialises them."""
+    if isinstance(spec, EmbeddingSpec):
+        return nn.Embedding(spec.num_embeddings, spec.embedding_dim, padding_idx=spec.padding_idx)
     if isinstance(spec, LinearSpec):
         return nn.Linear(spec.in_features, spec.out_features, bias=spec.bias)
     return _CONVOLUTIONS[len(spec.kernel_size)](
@@ -167,7 +223,7 @@ def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
     be compressed, with what was skipped and why.
     """
     modules = {name: module for name, module in model.named_modules() if _has_matrix(module)}
-    specs = {name: layer_spec(module) for name, module in modules.items()}
+    specs = {name: weight_spec(module) for name, module in modules.items()}
     calls: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
 
     def record(name: str) -> Any:
@@ -193,15 +249,20 @@ def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
         reason = readers.get(id(modules[name])) or _reason_to_skip(modules[name], spec, name in calls, users)
         if reason is not None:
             skipped[name] = reason
-    layers = {name: _layer_info(name, modules[name], shapes) for name, shapes in calls.items() if name not in skipped}
-    if not layers:
+    found = [_info(name, modules[name], shapes) for name, shapes in calls.items() if name not in skipped]
+    if not found:
         listed = "; ".join(f"{name} ({reason})" for name, reason in skipped.items()) or "it has no weights"
         raise StudyError(f"{type(model).__name__} has no layer that can be compressed: {listed}")
-    return FoundLayers(layers=layers, skipped=skipped)
+    layers = {info.name: info for info in found if isinstance(info, LayerInfo)}
+    embeddings = {info.name: info for info in found if isinstance(info, EmbeddingInfo)}
+    return FoundLayers(layers=layers, skipped=skipped, embeddings=embeddings)
 
 
 def count_macs(model: nn.Module, example: Any) -> int:
-    """Multiply-adds of the weights that the model applies to `example`, one row; any module with a `weight` counts."""
+    """Multiply-adds of the weights that the model applies to `example`, one row; any module with a `weight` counts.
+
+    An embedding only looks its rows up.
+    """
     total = 0
 
     def add(module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -219,10 +280,13 @@ def count_macs(model: nn.Module, example: Any) -> int:
     return total
 
 
-def _layer_info(name: str, module: nn.Module, calls: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> LayerInfo:
-    spec = layer_spec(module)
+def _info(name: str, module: nn.Module, calls: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> WeightInfo:
+    spec = weight_spec(module)
     assert spec is not None, "only layers with a spec are hooked"
     input_shape, output_shape = calls[0]
+    if isinstance(spec, EmbeddingSpec):
+        n_params = spec.num_embeddings * spec.embedding_dim
+        return EmbeddingInfo(name=name, spec=spec, input_shape=input_shape, n_params=n_params, n_calls=len(calls))
     return LayerInfo(
         name=name,
         spec=spec,
@@ -234,6 +298,12 @@ def _layer_info(name: str, module: nn.Module, calls: list[tuple[tuple[int, ...],
     )
 
 
+def _embedding_spec(module: nn.Embedding) -> EmbeddingSpec:
+    return EmbeddingSpec(
+        num_embeddings=module.num_embeddings, embedding_dim=module.embedding_dim, padding_idx=module.padding_idx
+    )
+
+
 def _is_transposed_linear(module: nn.Module) -> bool:
     """Whether it is the `Conv1D` of transformers, a Linear whose weight is (in, out); told without importing them."""
     return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
@@ -241,7 +311,8 @@ def _is_transposed_linear(module: nn.Module) -> bool:
 
 def _has_own_weight(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() >= 2
+    looks_up = isinstance(module, nn.Embedding) or isinstance(getattr(module, "spec", None), EmbeddingSpec)
+    return weight is not None and weight.dim() >= 2 and not looks_up
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -283,7 +354,7 @@ def weight_users(model: nn.Module) -> dict[int, int]:
     return Counter(id(parameter) for parameter in held if parameter is not None)
 
 
-def _reason_to_skip(module: nn.Module, spec: LayerSpec | None, called: bool, users: Mapping[int, int]) -> str | None:
+def _reason_to_skip(module: nn.Module, spec: WeightSpec | None, called: bool, users: Mapping[int, int]) -> str | None:
     kind = parametrize.type_before_parametrizations(module)
     if kind not in _KINDS and spec is None:
         return f"{kind.__name__} is not supported"
@@ -292,6 +363,8 @@ def _reason_to_skip(module: nn.Module, spec: LayerSpec | None, called: bool, use
     if kind is nn.MultiheadAttention:
         told = "rs.expose_layers splits it into Linears" if can_be_split(module) else "it cannot be split"
         return f"MultiheadAttention multiplies by weights of its own; {told}"
+    if kind is nn.Embedding and spec is None and not parametrize.is_parametrized(module):
+        return "an Embedding with max_norm or sparse gradients is not supported"
     if "weight" not in module._parameters:
         return (
             "its weight is computed from other parameters (weight_norm, spectral_norm, pruning); "

@@ -273,7 +273,7 @@ def open_tracker(
             "device": spec.target.device,
             "batch_size": spec.target.batch_size,
             "precision": spec.target.precision,
-            "n_layers": len(bench.found.layers),
+            "n_layers": len(bench.found.all),
         },
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ranksearch.compression import compress
 from ranksearch.factorisations import Factorisations
-from ranksearch.layers import LayerInfo, call_model, evaluating, first_argument
+from ranksearch.layers import WeightInfo, call_model, evaluating, first_argument
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import CODE_LIMIT, SharedTensors, rounded_outputs, shared_tensors
@@ -50,7 +50,7 @@ class LossMeter:
         """The distance of the outputs under the plan to dense."""
         return self._distance(self._compressed(self._model, plan, self._shaping, self._shared))
 
-    def of_layer(self, info: LayerInfo, choice: LayerChoice) -> float:
+    def of_layer(self, info: WeightInfo, choice: LayerChoice) -> float:
         """The same where this layer alone is changed: it is compressed on what it reads, without the model around it.
 
         A layer that runs several times, reads other rows than the examples, or whose input is rounded for others too
@@ -75,13 +75,13 @@ class LossMeter:
     def _rounds_alone(self, name: str, choice: LayerChoice) -> bool:
         return choice.activation_bits != 8 or not rounded_outputs(self._shared, [name]).inputs
 
-    def _what_it_reads(self, info: LayerInfo) -> list[tuple[Tensor, None]] | None:
+    def _what_it_reads(self, info: WeightInfo) -> list[tuple[Tensor, None]] | None:
         """The layer's inputs, batch by batch; None where they are not one row for each example."""
         if self._read[0] != info.name:
             self._read = info.name, self._listen(info) if info.name and info.n_calls == 1 else None
         return self._read[1]
 
-    def _listen(self, info: LayerInfo) -> list[tuple[Tensor, None]] | None:
+    def _listen(self, info: WeightInfo) -> list[tuple[Tensor, None]] | None:
         heard: list[Tensor] = []
 
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:

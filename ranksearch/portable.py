@@ -11,20 +11,21 @@ from numpy.typing import NDArray
 
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model, evaluating, other_floats
+from ranksearch.runtimes.axes import ANY_BATCH, ANY_BATCH_AND_LENGTH, STATIC, FreeAxes, cut, text_length
 from ranksearch.runtimes.base import require
 from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.structure import leaves_of, port_names, structure_of
 from ranksearch.trees import count_rows, pick_rows, tensors
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # Integers round differently from their imitation in torch.
 TOLERANCE = 0.05
 
 Arrays = Sequence[NDArray[Any]]
-# (model, example, folder, dynamic) -> the file.
-Write = Callable[["nn.Module", Any, Path, bool], Path]
+# (model, example, folder, free axes) -> the file.
+Write = Callable[["nn.Module", Any, Path, FreeAxes], Path]
 # (file) -> what runs it on its inputs in their order.
 Open = Callable[[Path], Callable[[Arrays], Arrays]]
 
@@ -44,13 +45,30 @@ class Format:
     open: Open
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """A file that was written, and which sizes it takes; `note` says why a text's length is not free, if it is not."""
+
+    path: Path
+    axes: FreeAxes
+    note: str | None = None
+
+    @property
+    def takes(self) -> str:
+        """The sizes in words."""
+        if not self.axes.batch:
+            return "the example's batch"
+        return "any batch and length" if self.axes.length else "any batch"
+
+
 def write_portable(
     model: "nn.Module", example: Any, folder: Path, formats: Sequence[str], *, dynamic: bool = True
-) -> list[Path]:
+) -> list[Written]:
     """Writes the model in each of the `formats`, `portable.*` in the folder, and compares it with torch's outputs.
 
-    The batch is whatever comes where it is `dynamic`, else that of the example. Inputs and outputs bear the names
-    of a mapping's keys, else `input_0`, `output_0` and so on. Raises MeasurementError where the model has other
+    The batch, and a text's length where the model and the format take any, are whatever comes where they are
+    `dynamic`, else those of the example. Inputs and outputs bear the names of a mapping's keys, else `input_0`,
+    `output_0` and so on. Raises MeasurementError where the model has other
     floats than float32, a format cannot hold it, or what is read gives other outputs; RuntimeUnavailableError where
     what writes or reads it is not installed.
     """
@@ -59,29 +77,65 @@ def write_portable(
     return [_write_checked(model, example, folder, name, dynamic) for name in formats]
 
 
-def _write_checked(model: "nn.Module", example: Any, folder: Path, name: str, dynamic: bool) -> Path:
+def _write_checked(model: "nn.Module", example: Any, folder: Path, name: str, dynamic: bool) -> Written:
     found = FORMATS[name]
     for module in found.needs:
         require(module, f"an export to {name}", found.extra)
-    path = found.write(model, example, folder, dynamic)
+    if not dynamic:
+        return Written(path=_written(model, example, folder, found, STATIC), axes=STATIC)
+    note = None
+    if _takes_shorter(model, example):
+        try:
+            path = _written(model, example, folder, found, ANY_BATCH_AND_LENGTH)
+            return Written(path=path, axes=ANY_BATCH_AND_LENGTH)
+        except MeasurementError as error:
+            note = str(error)
+    return Written(path=_written(model, example, folder, found, ANY_BATCH), axes=ANY_BATCH, note=note)
+
+
+def _takes_shorter(model: "nn.Module", example: Any) -> bool:
+    """Whether the example has texts, and the model takes them at half their length."""
+    if (length := text_length(_leaves(example))) is None or length < 2:
+        return False
+    try:
+        with evaluating(model):
+            call_model(model, _cut(example, length // 2))
+    except Exception:  # whatever a model's own code raises: it wants the length that it has
+        return False
+    return True
+
+
+def _leaves(inputs: Any) -> "list[Tensor]":
+    return [torch.as_tensor(leaf) for leaf in leaves_of(inputs)]
+
+
+def _cut(inputs: Any, length: int) -> Any:
+    return structure_of(inputs).arrange(cut(_leaves(inputs), length))
+
+
+def _written(model: "nn.Module", example: Any, folder: Path, found: Format, axes: FreeAxes) -> Path:
+    path = found.write(model, example, folder, axes)
     try:
         run = found.open(path)
     except Exception as error:  # each runtime has its own
         raise MeasurementError(f"{path.name} cannot be read again: {_reason(error)}; choose another format") from error
     n_rows = count_rows(example)
-    # A batch that was baked in is found out by another one.
-    for rows in dict.fromkeys([n_rows, max(1, n_rows // 2)] if dynamic else [n_rows]):
-        _check(model, pick_rows(example, slice(rows)), run, f"{path.name}, batch {rows}")
+    # A batch, or a length, that was baked in is found out by another one.
+    for rows in dict.fromkeys([n_rows, max(1, n_rows // 2)] if axes.batch else [n_rows]):
+        static = "; export with a static batch instead" if axes.batch else ""
+        _check(model, pick_rows(example, slice(rows)), run, f"{path.name}, batch {rows}", hint=static)
+    if axes.length and (length := text_length(_leaves(example))) is not None:
+        _check(model, _cut(example, length // 2), run, f"{path.name}, length {length // 2}")
     return path
 
 
-def _check(model: "nn.Module", inputs: Any, run: Callable[[Arrays], Arrays], where: str) -> None:
+def _check(model: "nn.Module", inputs: Any, run: Callable[[Arrays], Arrays], where: str, hint: str = "") -> None:
     try:
         with evaluating(model):
             wanted = [value.numpy() for value in tensors(call_model(model, inputs))]
         given = run([torch.as_tensor(leaf).numpy() for leaf in leaves_of(inputs)])
     except Exception as error:  # each runtime has its own
-        raise MeasurementError(f"{where} does not run: {_reason(error)}; export with a static batch instead") from error
+        raise MeasurementError(f"{where} does not run: {_reason(error)}{hint}") from error
     for own, other in zip(given, wanted, strict=True):
         distance = relative_distance(own, other)
         if not distance <= TOLERANCE:
@@ -103,11 +157,11 @@ def relative_distance(actual: NDArray[Any], wanted: NDArray[Any]) -> float:
     return float(np.sqrt(np.mean(np.square(actual - wanted, dtype=np.float64)))) / scale
 
 
-def _write_onnx(model: "nn.Module", example: Any, folder: Path, dynamic: bool) -> Path:
+def _write_onnx(model: "nn.Module", example: Any, folder: Path, axes: FreeAxes) -> Path:
     from ranksearch.runtimes.onnx.conversion import to_onnx
 
     path = folder / "portable.onnx"
-    path.write_bytes(to_onnx(model, example, on_integers=False, dynamic=dynamic).SerializeToString())
+    path.write_bytes(to_onnx(model, example, on_integers=False, axes=axes).SerializeToString())
     return path
 
 
@@ -121,11 +175,11 @@ def _open_onnx(path: Path) -> Callable[[Arrays], Arrays]:
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-def _write_openvino(model: "nn.Module", example: Any, folder: Path, dynamic: bool) -> Path:
+def _write_openvino(model: "nn.Module", example: Any, folder: Path, axes: FreeAxes) -> Path:
     from ranksearch.runtimes.openvino.conversion import to_openvino
     from ranksearch.runtimes.openvino.runtime import load_openvino
 
-    converted = to_openvino(model, example, dynamic=dynamic)
+    converted = to_openvino(model, example, axes=axes)
     with evaluating(model):
         outputs = call_model(model, example)
     taken = port_names(structure_of(example), "input")
@@ -147,11 +201,11 @@ def _open_openvino(path: Path) -> Callable[[Arrays], Arrays]:
     return lambda arrays: [compiled(list(arrays))[port] for port in compiled.outputs]
 
 
-def _write_pt2(model: "nn.Module", example: Any, folder: Path, dynamic: bool) -> Path:
+def _write_pt2(model: "nn.Module", example: Any, folder: Path, axes: FreeAxes) -> Path:
     from ranksearch.runtimes.pytorch.pt2 import write_portable_program
 
     path = folder / "portable.pt2"
-    write_portable_program(model, example, path, dynamic=dynamic)
+    write_portable_program(model, example, path, axes)
     return path
 
 

@@ -13,7 +13,7 @@ from ranksearch.compression import rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
 from ranksearch.layer_timing import LayerTimes
-from ranksearch.layers import LayerInfo, LayerSpec, layer_weight
+from ranksearch.layers import EmbeddingInfo, LayerInfo, LayerSpec, WeightInfo, WeightSpec, layer_weight
 from ranksearch.loss_meter import LossMeter
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.pareto import non_dominated
@@ -39,16 +39,17 @@ Timed = dict[tuple[LayerSpec, tuple[int, ...]], list[LayerChoice]]
 class ProfileMaker:
     """Makes the candidate table of a model. What is slow or noisy, `time_layer` and `time_plan`, is given.
 
+    Embeddings are chosen bits alone, and are not timed: what looks rows up takes no time that bits would change.
     Layers of equal spec and input shape share what is timed, which the first of them chooses.
     """
 
     model: nn.Module
-    layers: Mapping[str, LayerInfo]
+    layers: Mapping[str, WeightInfo]
     factorisations: Factorisations
     meter: LossMeter
     space: Space
     objectives: tuple[Objective, ...]
-    bits: Callable[[LayerSpec], Sequence[OfferedBits]]
+    bits: Callable[[WeightSpec], Sequence[OfferedBits]]
     time_layer: TimeLayer
     time_plan: TimePlan
 
@@ -65,21 +66,46 @@ class ProfileMaker:
         timed: Timed = {}
         for name, info in self.layers.items():
             on_layer(name)
-            layers.append(LayerProfile(name=name, candidates=self._candidates(info, kept[name], timed)))
+            found = (
+                self._embeddings(info, kept[name])
+                if isinstance(info, EmbeddingInfo)
+                else self._candidates(info, kept[name], timed)
+            )
+            layers.append(LayerProfile(name=name, candidates=found))
         on_layer("whole plans")
         table = Profile(layers=tuple(layers), dense_latency_ms=dense_latency_ms, dense_bytes=dense_bytes)
         plans = whole_plans(table, controls)
         return fit_loss(fit_latency(table, plans, self.time_plan), plans, self.meter.of_plan)
+
+    def _embeddings(self, info: EmbeddingInfo, kept: set[LayerChoice]) -> tuple[Candidate, ...]:
+        choices = sorted({*kept, *(bits.of(DENSE) for bits in self.bits(info.spec))}, key=LayerChoice.key)
+        layer = self.model.get_submodule(info.name)
+        losses = {c: 0.0 if c.weight_bits >= MILDEST_BITS else self.meter.of_layer(info, c) for c in choices}
+        candidates = (
+            Candidate(
+                choice=choice,
+                loss=losses[choice],
+                rounding_loss=losses[choice],
+                latency_ms=0.0,
+                n_bytes=self._bytes(layer, choice),
+                storage_only=choice != DENSE,
+            )
+            for choice in choices
+        )
+        return tuple(sorted(candidates, key=lambda candidate: candidate.loss))
+
+    def _bytes(self, layer: nn.Module, choice: LayerChoice) -> int:
+        """What the layer takes in a file."""
+        return bytes_in_file(rebuild(nn.Sequential(layer), Plan(layers={"0": choice})))
 
     def _candidates(self, info: LayerInfo, kept: set[LayerChoice], timed: Timed) -> tuple[Candidate, ...]:
         alike = (info.spec, info.input_shape)
         settled = timed.get(alike)
         losses, rounding = self._losses(info, kept, settled)
         layer = self.model.get_submodule(info.name)
-        alone = nn.Sequential(layer)
         worth_timing = _worth_timing(info, kept, losses) if settled is None else list(losses)
         timed.setdefault(alike, worth_timing)
-        sizes = {choice: bytes_in_file(rebuild(alone, Plan(layers={"0": choice}))) for choice in worth_timing}
+        sizes = {choice: self._bytes(layer, choice) for choice in worth_timing}
         stored = {(b.weight_bits, b.activation_bits) for b in self.bits(info.spec) if b.storage_only}
         ratios, dense_ms = self._times(info, layer, worth_timing, stored)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {

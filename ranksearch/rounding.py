@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
 from ranksearch.layers import call_model, evaluating, first_argument, layer_spec, layer_weight
-from ranksearch.quantization import QuantizedModule, compensated, quantized_modules
+from ranksearch.quantization import QuantizedLayer, compensated, quantized_layers
 from ranksearch.statistics.least_squares import relative_error, solve, solve_centred
 from ranksearch.statistics.patches import count_groups, count_taps
 from ranksearch.statistics.rows import OutputRows, OutputSampler, input_rows, temporary_hooks
@@ -60,7 +60,7 @@ def round_weights(model: nn.Module, wanted: Mapping[str, OutputRows], inputs: An
     """
     results: dict[str, Rounding] = {}
     with evaluating(model), temporary_hooks() as handles:
-        for name, module in quantized_modules(model).items():
+        for name, module in quantized_layers(model).items():
             if name in wanted and module.weight.requires_grad:
                 rounder = _Rounder(name, wanted[name], results)
                 handles.append(module.register_forward_hook(rounder, with_kwargs=True))
@@ -83,7 +83,7 @@ class _Rounder:
         self.name, self.wanted, self.results = name, wanted, results
 
     def __call__(
-        self, module: QuantizedModule, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        self, module: QuantizedLayer, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> Tensor | None:
         if self.name in self.results:  # the corrected output is being computed
             return None
@@ -109,7 +109,7 @@ class _Rounder:
             return None
         return self._changed(module, inputs, *tried[1])
 
-    def _changed(self, module: QuantizedModule, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _changed(self, module: QuantizedLayer, inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         module.weight.copy_(weight.reshape(module.weight.shape))
         if module.bias is not None:
             module.bias.copy_(bias.flatten())

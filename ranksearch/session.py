@@ -146,7 +146,7 @@ def make_profile(
         multiple = spec.space.rank_multiple or measure_staircase(**timing).multiple
         maker = ProfileMaker(
             model=bench.source,
-            layers=bench.found.layers,
+            layers=bench.found.all,
             factorisations=factorisations,
             meter=LossMeter(
                 bench.source, bench.calibration, factorisations, spec.loss, weight_limit=bench.weight_limit
@@ -162,7 +162,7 @@ def make_profile(
             ),
         )
         table = maker.make(plans, dense_latency_ms, bench.dense.model_bytes, on_layer)
-    table = table.model_copy(update={"ties": tied_layers(spec.space.ties, list(bench.found.layers))})
+    table = table.model_copy(update={"ties": tied_layers(spec.space.ties, list(bench.found.all))})
     tables.put(key, table.to_json().encode())
     return table
 
@@ -202,7 +202,7 @@ def _begin(bench: Workbench, home: StudyHome, profile: Profile, latency_ms: floa
             "name": type(bench.model).__name__,
             "n_params": bench.dense.n_params,
             "macs": bench.dense.macs,
-            "n_layers": len(bench.found.layers),
+            "n_layers": len(bench.found.all),
         },
         "data": {
             "calibration": sum(count_rows(inputs) for inputs, _ in bench.calibration),

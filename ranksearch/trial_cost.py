@@ -48,7 +48,7 @@ def estimate(study: StudySpec) -> TrialCost:
         n_validation=bench.dense.scores.n_examples,
         dense_latency_ms=latency_ms,
         noise_floor=noise_floor,
-        n_layers=len(bench.found.layers),
+        n_layers=len(bench.found.all),
         skipped=bench.found.skipped,
         trial_s=others + fine_tuning_s,
         fine_tuning_s=fine_tuning_s,

@@ -21,7 +21,7 @@ from ranksearch.inputs import check_inputs, other_floats_given
 from ranksearch.latency import Latency, compare_all, timed_call
 from ranksearch.layers import (
     FoundLayers,
-    LayerSpec,
+    WeightSpec,
     call_model,
     compressible_layers,
     count_macs,
@@ -30,7 +30,7 @@ from ranksearch.layers import (
 )
 from ranksearch.plan import DENSE
 from ranksearch.preparation import prepare_source, with_weights
-from ranksearch.quantization import SharedTensors, quantized_modules, shared_tensors
+from ranksearch.quantization import SharedTensors, quantized_layers, shared_tensors
 from ranksearch.recovery import Step, seeded
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
 from ranksearch.scoring import Scores, same_twice, score_kind, score_model
@@ -108,9 +108,7 @@ class Workbench:
 
     def stayed_float(self, model: nn.Module, session: AbstractSession) -> dict[str, str]:
         """The model's 8- and 4-bit layers that the session, opened from it, runs in float, with the kernel of each."""
-        quantized = {
-            name: module for name, module in quantized_modules(model).items() if module.weight_format.bits < 16
-        }
+        quantized = {name: module for name, module in quantized_layers(model).items() if module.weight_format.bits < 16}
         if not quantized:
             return {}
         # To tell its kernels a runtime may have to run the model again.
@@ -330,8 +328,8 @@ def _check_dense(model: nn.Module, spec: StudySpec, batch: tuple[Any, Any]) -> N
 
 def _check_ties(spec: StudySpec, found: FoundLayers, runtime: AbstractRuntime) -> None:
     """Raises StudyError where a layer, whatever its shape, takes no bits but float that those tied to it take."""
-    for tied in tied_layers(spec.space.ties, list(found.layers)):
-        offered = {name: _bits_of(spec, found.layers[name].spec, runtime) for name in tied}
+    for tied in tied_layers(spec.space.ties, list(found.all)):
+        offered = {name: _bits_of(spec, found.all[name].spec, runtime) for name in tied}
         shared = set.intersection(*offered.values())
         most = max(tied, key=lambda name: len(offered[name]))
         odd = min(tied, key=lambda name: len(offered[name] & offered[most]))
@@ -342,7 +340,7 @@ def _check_ties(spec: StudySpec, found: FoundLayers, runtime: AbstractRuntime) -
             )
 
 
-def _bits_of(spec: StudySpec, layer: LayerSpec, runtime: AbstractRuntime) -> set[str]:
+def _bits_of(spec: StudySpec, layer: WeightSpec, runtime: AbstractRuntime) -> set[str]:
     for_size = "bytes" in spec.objectives
     offered = offered_bits(runtime, layer, spec.target, spec.space.weight_bits, for_size=for_size)
     return {bits.of(DENSE).bits for bits in offered}
@@ -354,17 +352,18 @@ def _listed(bits: set[str]) -> str:
 
 def _selected(found: FoundLayers, spec: StudySpec) -> FoundLayers:
     """The found layers that the study's globs leave in. Raises StudyError for a glob that matches nothing."""
-    names = [*found.layers, *found.skipped]
+    names = [*found.all, *found.skipped]
     for glob in (*spec.space.only, *spec.space.skip):
         if not fnmatch.filter(names, glob):
-            raise StudyError(f"the glob {glob!r} matches no layer; layers are {', '.join(found.layers)}")
+            raise StudyError(f"the glob {glob!r} matches no layer; layers are {', '.join(found.all)}")
     reasons = {}
-    for name in found.layers:
+    for name in found.all:
         if spec.space.only and not any(fnmatch.fnmatch(name, glob) for glob in spec.space.only):
             reasons[name] = "not in Space.only"
         elif any(fnmatch.fnmatch(name, glob) for glob in spec.space.skip):
             reasons[name] = "in Space.skip"
     layers = {name: info for name, info in found.layers.items() if name not in reasons}
-    if not layers:
+    embeddings = {name: info for name, info in found.embeddings.items() if name not in reasons}
+    if not layers and not embeddings:
         raise StudyError("Space.only and Space.skip leave no layer to compress")
-    return FoundLayers(layers=layers, skipped={**found.skipped, **reasons})
+    return FoundLayers(layers=layers, embeddings=embeddings, skipped={**found.skipped, **reasons})

@@ -45,9 +45,13 @@ def convolutional() -> tuple[nn.Module, Any]:
             "7": LayerChoice(decomposition="svd", ranks=(6,)),
         }
     )
-    # As a study has it: what the sums of this processor's kernels hold.
+    return compressed(model, plan, inputs), inputs
+
+
+def compressed(model: nn.Module, plan: Plan, inputs: Any) -> nn.Module:
+    """As a study has it: weights of what the sums of this processor's kernels hold."""
     limit = get_runtime("openvino").weight_limit(Target())
-    return rs.compress(model, plan, calibration=[(inputs, None)], weight_limit=limit).eval(), inputs
+    return rs.compress(model, plan, calibration=[(inputs, None)], weight_limit=limit).eval()
 
 
 def mapped() -> tuple[nn.Module, Any]:
@@ -61,7 +65,7 @@ def mapped() -> tuple[nn.Module, Any]:
 @pytest.mark.parametrize("make", [convolutional, mapped])
 def test_any_batch_gives_torchs_outputs(name: str, make: Any, tmp_path: Path) -> None:
     model, inputs = make()
-    (path,) = write_portable(model, inputs, tmp_path, [name])
+    path = write_portable(model, inputs, tmp_path, [name])[0].path
     assert path.parent == tmp_path and path.stem == "portable"
     more = (
         {key: torch.cat([value] * 3) for key, value in inputs.items()}
@@ -99,7 +103,7 @@ def test_a_static_file_has_the_examples_batch(tmp_path: Path) -> None:
 
 def test_onnx_holds_eight_bits_in_operators_that_every_runtime_has(tmp_path: Path) -> None:
     model, inputs = convolutional()
-    (path,) = write_portable(model, inputs, tmp_path, ["onnx"])
+    path = write_portable(model, inputs, tmp_path, ["onnx"])[0].path
     graph = onnx.load(path)
     assert {node.domain for node in graph.graph.node} == {""}
     int8 = [w for w in graph.graph.initializer if w.data_type == onnx.TensorProto.INT8]
@@ -125,5 +129,84 @@ def test_a_batch_that_is_baked_in_is_told(name: str, n_rows: int | None, tmp_pat
         pytest.skip("torch.export traces no lists of a tensor's numbers, whatever the batch")
     with pytest.raises(MeasurementError):
         write_portable(model, inputs, tmp_path, [name])
-    (path,) = write_portable(model, inputs, tmp_path, [name], dynamic=False)
-    assert path.is_file()
+    (written,) = write_portable(model, inputs, tmp_path, [name], dynamic=False)
+    assert written.path.is_file() and written.takes == "the example's batch"
+
+
+class Text(nn.Module):
+    """Tokens and their mask to an output for each token and one for each text, of up to 16 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(50, 24, padding_idx=0), nn.Embedding(16, 24)
+        self.layer, self.head = nn.Linear(24, 24), nn.Linear(24, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        states = torch.relu(self.layer(self.words(ids) + self.places(places))) * mask[..., None]
+        return {"states": states, "kinds": self.head(states.sum(1) / mask.sum(1, keepdim=True))}
+
+
+def text() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    inputs = {"ids": torch.randint(0, 50, (4, 12)), "mask": torch.ones(4, 12)}
+    stored = LayerChoice(weight_bits=4)
+    plan = Plan(layers={"words": stored, "places": LayerChoice(weight_bits=8), "layer": LayerChoice(**INT8)})
+    return compressed(Text().eval(), plan, inputs), inputs
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_texts_of_any_length_give_torchs_outputs(name: str, tmp_path: Path) -> None:
+    model, inputs = text()
+    (written,) = write_portable(model, inputs, tmp_path, [name])
+    assert (written.takes, written.note) == ("any batch and length", None)
+    run = FORMATS[name].open(written.path)
+    for n_rows, length in ((1, 16), (7, 5), (4, 12)):
+        given = torch.randint(0, 50, (n_rows, length)), torch.ones(n_rows, length)
+        with torch.no_grad():
+            wanted = model(*given)
+        for own, other in zip(run([leaf.numpy() for leaf in given]), wanted.values(), strict=True):
+            torch.testing.assert_close(torch.as_tensor(own), other, rtol=1e-3, atol=1e-3)
+
+
+def test_files_keep_embeddings_in_few_bits_and_name_the_free_axes(tmp_path: Path) -> None:
+    model, inputs = text()
+    write_portable(model, inputs, tmp_path, ["onnx", "openvino"])
+    graph = onnx.load(tmp_path / "portable.onnx").graph
+    axes = {value.name: [axis.dim_param for axis in value.type.tensor_type.shape.dim][:2] for value in
+            (*graph.input, *graph.output)}  # fmt: skip
+    assert axes == {
+        "ids": ["batch", "length"], "mask": ["batch", "length"], "states": ["batch", "length"], "kinds": ["batch", ""],
+    }  # fmt: skip
+    assert (50, 24) not in {tuple(w.dims) for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT}
+    constants = [op for op in openvino.Core().read_model(tmp_path / "portable.xml").get_ops()
+                 if op.get_type_name() == "Constant"]  # fmt: skip
+    kinds = {(op.get_element_type().get_type_name(), tuple(op.shape)) for op in constants}
+    assert ("u4", (50, 1, 32)) in kinds and ("i8", (16, 24)) in kinds
+
+
+class OfOneLength(nn.Module):
+    """Takes texts of six tokens alone; with `told` it says so, else tracing bakes their length in."""
+
+    def __init__(self, *, told: bool) -> None:
+        super().__init__()
+        self.words, self.layer, self.told = nn.Embedding(9, 4), nn.Linear(4, 2), told
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.told and ids.shape[1] != 6:
+            raise ValueError("six tokens")
+        mean = self.words(ids).sum(1) / float(ids.shape[1])
+        return self.layer(mean)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_length_that_is_not_free_leaves_the_batch_free(told: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = OfOneLength(told=told).eval(), torch.randint(0, 9, (4, 6))
+    (written,) = write_portable(model, ids, tmp_path, ["onnx"])
+    assert written.takes == "any batch"
+    assert written.note is None if told else "length 3" in str(written.note)
+    given = torch.randint(0, 9, (7, 6))
+    with torch.no_grad():
+        wanted = model(given)
+    torch.testing.assert_close(torch.as_tensor(FORMATS["onnx"].open(written.path)([given.numpy()])[0]), wanted)

@@ -1,12 +1,13 @@
 """Weights of few bits in the runtimes' own files: kept there, made floats of once, multiplied as they are."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ranksearch.layers import layer_spec
+from ranksearch.layers import weight_spec
 from ranksearch.quantization import Half, Int4, Int8, WeightFormat, quantize_module
 from ranksearch.runtimes import get_runtime, stayed_whole
 from ranksearch.spec import Target
@@ -49,11 +50,19 @@ def convolutions() -> nn.Sequential:
     return layers
 
 
-MODELS = {"twice": (Twice, (2, 64, 4, 4)), "convolutions": (convolutions, (2, 64, 6, 6))}
+def embedded() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 64))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "twice": (Twice, lambda: torch.randn(2, 64, 4, 4)),
+    "convolutions": (convolutions, lambda: torch.randn(2, 64, 6, 6)),
+    "embedded": (embedded, lambda: torch.randint(0, 500, (2, 7))),
+}
 
 
 def stored(model: nn.Module, weights: WeightFormat) -> nn.Module:
-    layers = {name: module for name, module in model.named_modules() if layer_spec(module) is not None}
+    layers = {name: module for name, module in model.named_modules() if weight_spec(module) is not None}
     quantized = {name: quantize_module(layer, weights, rounds_inputs=False) for name, layer in layers.items()}
     return replace_modules(model, quantized).eval()
 
@@ -64,8 +73,8 @@ def stored(model: nn.Module, weights: WeightFormat) -> nn.Module:
 def test_files_keep_the_bits_and_give_the_rounded_models_outputs(
     runtime_name: str, name: str, bits: str, tmp_path: Path
 ) -> None:
-    make, shape = MODELS[name]
-    model, example = stored(make(), FORMATS[bits]), torch.randn(shape)
+    make, inputs = MODELS[name]
+    model, example = stored(make(), FORMATS[bits]), inputs()
     runtime, target = get_runtime(runtime_name), Target(runtime=runtime_name, threads=1)
     with torch.no_grad():
         expected = model(example)

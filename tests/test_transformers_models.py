@@ -75,9 +75,9 @@ def wav2vec2() -> nn.Module:
 
 # What makes each, its data, how many layers it has, and what is skipped.
 MODELS: dict[str, tuple[Make, Callable[[], Any], int, str]] = {
-    "bert": (bert, words, 8, "Embedding is not supported"),
+    "bert": (bert, words, 8, ""),
     "gpt2": (gpt2, words, 4, "its weight is tied to another module's"),
-    "llama": (llama, words, 8, "Embedding is not supported"),
+    "llama": (llama, words, 8, ""),
     "vit": (vit, pixels, 8, ""),
     "swin": (swin, pixels, 15, "SwinRelativePositionBias is not supported"),
     "convnext": (convnext, pixels, 9, ""),

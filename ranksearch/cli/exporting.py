@@ -91,8 +91,10 @@ def _write_portable(script: Path, folder: Path, formats: Sequence[str], dynamic:
 
     model = load(folder, load_study(script).model())
     inputs, _ = read_example(folder)
-    for path in write_portable(model, inputs, folder, formats, dynamic=dynamic):
-        say(f"wrote {path.name}, which gives torch's outputs on the example")
+    for written in write_portable(model, inputs, folder, formats, dynamic=dynamic):
+        say(f"wrote {written.path.name}, of {written.takes}, which gives torch's outputs on the example")
+        if written.note is not None:
+            say(f"  its length is the example's: {written.note}")
 
 
 def verify_export(directory: Path, script: Path | None, trusted: bool = False) -> None:

@@ -102,7 +102,7 @@ class Terminal:
         skipped = len(bench.found.skipped)
         note = f", {skipped} skipped" if skipped else ""
         again = f"; {self._counted} trials are there already" if self._counted else ""
-        self._say(f"{len(bench.found.layers)} layers{note}; state in {home.directory}{again}")
+        self._say(f"{len(bench.found.all)} layers{note}; state in {home.directory}{again}")
 
     def trial_started(self, number: int, plan: "Plan", origin: str) -> None:
         """Shows the trial that runs."""

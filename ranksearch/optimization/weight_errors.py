@@ -85,8 +85,10 @@ def _layer_errors(
     module: nn.Module, layer: LayerProfile, factorisations: Factorisations
 ) -> list[tuple[float, float, float]]:
     """The candidates' energy lost, spectral error and weakening."""
-    spec, weight = layer_spec(module), layer_weight(module).double()
-    assert spec is not None, "only layers with a spec have candidates"
+    spec = layer_spec(module)
+    if spec is None:  # an embedding, which takes bits alone
+        return [(0.0, 0.0, 0.0)] * len(layer.candidates)
+    weight = layer_weight(module).double()
     rows, _ = _foldings(spec)
     energy, norm = max(float(weight.square().sum()), SMALLEST), max(_operator_norm(rows.matrix(weight)), SMALLEST)
     evbmf_ranks: dict[Folding, int] = {}

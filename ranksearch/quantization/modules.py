@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ranksearch.layers import build_layer, layer_spec
+from ranksearch.layers import ConvSpec, EmbeddingSpec, LinearSpec, WeightSpec, build_layer, weight_spec
 from ranksearch.quantization.formats import ACTIVATION_LEVELS, affine_range, affine_step
 from ranksearch.quantization.weight_formats import Grid, Int8, WeightFormat
 
@@ -75,20 +75,25 @@ class _Rounded(nn.Module):
     It is called as torch's layer is, which names its argument `input`.
     """
 
+    spec: WeightSpec
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
 
     def __init__(
-        self, layer: nn.Linear | nn.Conv1d | nn.Conv2d, weight_format: WeightFormat, *, rounds_inputs: bool
+        self,
+        layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding,
+        weight_format: WeightFormat,
+        *,
+        rounds_inputs: bool,
     ) -> None:
         super().__init__()
-        spec = layer_spec(layer)
+        spec = weight_spec(layer)
         assert spec is not None, "quantize_module takes plain layers alone"
         self.spec, self.weight_format = spec, weight_format
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
-        bias = layer.bias
+        bias = layer._parameters.get("bias")
         copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_parameter("bias", copied)
         grid = weight_format.fit(layer.weight)
@@ -109,17 +114,20 @@ class _Rounded(nn.Module):
         """The weight as kernels see it, in float; its gradient passes to `weight` where it is not clipped."""
         return self.weight_format.round(self.weight, self.grid)
 
-    def in_float(self) -> nn.Linear | nn.Conv1d | nn.Conv2d:
+    def in_float(self) -> nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding:
         """The plain layer of the rounded weight, whose inputs are not rounded."""
         with torch.device("meta"):  # draws nothing
             layer = build_layer(self.spec)
         layer.weight = nn.Parameter(self.rounded_weight.detach().contiguous(), requires_grad=self.weight.requires_grad)
-        layer.register_parameter("bias", self.bias)
+        if self.bias is not None:
+            layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
 
 class QuantizedLinear(_Rounded):
     """A linear layer that computes as kernels on rounded weights do."""
+
+    spec: LinearSpec
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(self.activation(input), self.rounded_weight, self.bias)
@@ -127,6 +135,8 @@ class QuantizedLinear(_Rounded):
 
 class _RoundedConvolution(_Rounded):
     """What convolutions share: torch's settings, and how they pad by other than zeros."""
+
+    spec: ConvSpec
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d, weight_format: WeightFormat, *, rounds_inputs: bool) -> None:
         super().__init__(layer, weight_format, rounds_inputs=rounds_inputs)
@@ -159,25 +169,42 @@ class QuantizedConv2d(_RoundedConvolution):
         return functional.conv2d(self.padded(self.activation(input)), self.rounded_weight, self.bias, **self.settings)
 
 
-QuantizedModule = QuantizedConv1d | QuantizedConv2d | QuantizedLinear
+class QuantizedEmbedding(_Rounded):
+    """A table of embeddings that gives the rows of rounded weights; only the rows that are asked for are rounded."""
+
+    spec: EmbeddingSpec
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.flatten()
+        found = functional.embedding(rows, self.weight, self.spec.padding_idx)
+        if len(rows):  # torch rounds no empty tensor
+            grid = Grid(*(None if values is None else values[rows] for values in self.grid))
+            found = self.weight_format.round(found, grid)
+        return found.reshape(*input.shape, self.spec.embedding_dim)
+
+
+QuantizedLayer = QuantizedConv1d | QuantizedConv2d | QuantizedLinear
+QuantizedModule = QuantizedLayer | QuantizedEmbedding
 _QUANTIZED: dict[type[nn.Module], Callable[..., QuantizedModule]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Linear: QuantizedLinear,
+    nn.Embedding: QuantizedEmbedding,
 }
 
 
 def quantize_module(
     module: nn.Module, weight_format: WeightFormat | None = None, *, rounds_inputs: bool = True
 ) -> QuantizedModule:
-    """The counterpart of a plain nn.Conv1d, nn.Conv2d or nn.Linear with a copy of its weights, rounded to a format.
+    """The counterpart of a plain nn.Conv1d, nn.Conv2d, nn.Linear or nn.Embedding with a copy of its weights, rounded.
 
-    Without one that is int8. What is frozen stays so. The input's range is a placeholder until observe_ranges. Raises
-    TypeError for any other module.
+    The format is int8 unless given. What is frozen stays so. The input's range is a placeholder until observe_ranges;
+    an embedding, whose inputs are indices, rounds none. Raises TypeError for any other module.
     """
     quantized = _QUANTIZED.get(type(module))
     if quantized is None:
-        raise TypeError(f"{type(module).__name__} cannot be quantized; only nn.Conv1d, nn.Conv2d and nn.Linear can")
+        known = ", ".join(f"nn.{kind.__name__}" for kind in _QUANTIZED)
+        raise TypeError(f"{type(module).__name__} cannot be quantized; only {known} can")
     return quantized(module, weight_format or Int8(), rounds_inputs=rounds_inputs).train(module.training)
 
 
@@ -221,8 +248,13 @@ class _RoundOutput:
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedModule]:
-    """The quantized layers of the model by name, each once."""
+    """The quantized layers and embeddings of the model by name, each once."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Those of them that multiply by their weights."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:

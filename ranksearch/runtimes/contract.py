@@ -1,6 +1,7 @@
 """The contract of every runtime, as a check that a user's own runtime can run too."""
 
 import copy
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ranksearch.layers import call_model, layer_spec
-from ranksearch.quantization import Half, Int4, Int8, freeze, observe_ranges, quantize_module, quantized_modules
+from ranksearch.layers import call_model, layer_spec, weight_spec
+from ranksearch.quantization import Half, Int4, Int8, freeze, observe_ranges, quantize_module, quantized_layers
 from ranksearch.runtimes.base import INT8_BITS, AbstractRuntime, AbstractSession, float_bits, stayed_float, stayed_whole
 from ranksearch.runtimes.structure import leaves_of
 from ranksearch.spec import Target
@@ -138,11 +139,13 @@ def _check_stored_bits(runtime: AbstractRuntime, target: Target) -> None:
     """Weights of few bits give the rounded model's outputs, whether a kernel takes them so or they are stored alone."""
     chain = [nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)]
     head = [nn.Conv2d(8, 16, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 5)]
-    example, activations = torch.randn(2, 4, 8, 8), float_bits(target)
-    for weights in (Half(), Int8(), Int4(), Int4(scheme="symmetric", group_size=64)):
+    text = [nn.Embedding(11, 40, padding_idx=0), nn.LayerNorm(40), nn.Linear(40, 5)]
+    formats = Half(), Int8(), Int4(), Int4(scheme="symmetric", group_size=64)
+    subjects = ([*chain, *head], torch.randn(2, 4, 8, 8)), (text, torch.randint(0, 11, (2, 7)))
+    activations = float_bits(target)
+    for weights, (modules, example) in itertools.product(formats, subjects):
         layers = [
-            quantize_module(m, weights, rounds_inputs=False) if layer_spec(m) is not None else m
-            for m in (*chain, *head)
+            quantize_module(m, weights, rounds_inputs=False) if weight_spec(m) is not None else m for m in modules
         ]
         model = nn.Sequential(*copy.deepcopy(layers)).eval()
         what = f"{type(weights).__name__} weights"
@@ -155,7 +158,7 @@ def _check_stored_bits(runtime: AbstractRuntime, target: Target) -> None:
             _compare(session.run(_arrays(example)), _arrays(expected), tolerance, what)
         claimed = [
             name
-            for name, module in quantized_modules(model).items()
+            for name, module in quantized_layers(model).items()
             if weights.bits < 16 and (weights.bits, activations) in runtime.supported_bits(module.spec, target)
         ]
         if weights in (Int8(), Int4()):  # what is offered

@@ -7,7 +7,7 @@ from ranksearch.surgery import replace_modules
 
 
 def stored_layers(model: nn.Module) -> dict[str, QuantizedModule]:
-    """The layers of the model, by name, whose weights alone are rounded."""
+    """The layers and embeddings of the model, by name, whose weights alone are rounded."""
     return {name: module for name, module in quantized_modules(model).items() if not module.rounds_inputs}
 
 

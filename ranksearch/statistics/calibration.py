@@ -40,6 +40,8 @@ def collect(
     the Hessian of the change relative to the dense outputs' variance. Without a loss only inputs are looked at.
     Raises StudyError where there is no data, a layer never runs, or a number is not finite.
     """
+    if not layers:  # a study of embeddings alone
+        return {}
     n_exact = _gradient_budget(layers, max_gradient_examples, memory_bytes)
     collectors = {name: Collector(info, max_examples, n_exact.get(name, 0), seed) for name, info in layers.items()}
     n_gradient = max_gradient_examples if loss is not None else 0

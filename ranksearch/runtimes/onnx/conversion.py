@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any, cast
@@ -16,12 +16,13 @@ from torch.onnx import symbolic_helper
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
 from ranksearch.quantization import QuantizedModule
+from ranksearch.runtimes.axes import BATCH, LENGTH, STATIC, FreeAxes, cut, text_length
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.onnx.graph import Graph
 from ranksearch.runtimes.onnx.integers import multiply_integers
 from ranksearch.runtimes.onnx.quantizers import fold_batch_norms, round_after_moves, share_quantizers, store_codes
 from ranksearch.runtimes.onnx.session import LAYER_PREFIX, layer_of, write_layers_of_outputs, write_structure
-from ranksearch.runtimes.onnx.weights import keep_bits
+from ranksearch.runtimes.onnx.weights import keep_bits, weight_port
 from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
@@ -31,6 +32,7 @@ from ranksearch.surgery import copy_model
 
 OPSET = 17
 MULTIPLYING = ("Conv", "Gemm", "MatMul")
+LOOKING_UP = "Gather"
 # What a convolution may take in.
 FUSED = ("BatchNormalization", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
 PER_CHANNEL = "aten::fake_quantize_per_channel_affine"
@@ -56,20 +58,18 @@ class _Flat(nn.Module):
         return tuple(given)
 
 
-def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, dynamic: bool = False) -> Any:
-    """The model in eval mode as an onnx.ModelProto of static shape, quantized weights stored as int8.
-
-    With `dynamic` the first axis of inputs and outputs, `batch`, is of any length.
+def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, axes: FreeAxes = STATIC) -> Any:
+    """The model in eval mode as an onnx.ModelProto of static shape but for the free `axes`, quantized weights as int8.
 
     `on_integers` spells quantized layers out in what ONNX Runtime multiplies integers by on a CPU; else they stay as
     pairs of QuantizeLinear and DequantizeLinear, which TensorRT takes. Raises MeasurementError, which names the
     operator and the layer, where ONNX lacks an operator, and where inputs are nested.
     """
     flat, leaves, stored = _flattened(model, example)
-    converted = _exported(flat, leaves, dynamic)
+    converted = _exported(flat, leaves, axes)
     graph = Graph(converted)
-    write_layers_of_outputs(converted, _name_layers(graph, flat))
-    calls = [(node, layer_of(node.name)) for node in graph.nodes(*MULTIPLYING)]
+    write_layers_of_outputs(converted, _name_layers(graph, flat, list(stored)))
+    calls = [(node, layer_of(node.name)) for node in graph.nodes(*MULTIPLYING, LOOKING_UP)]
     for layer, module in stored.items():
         keep_bits(graph, [node for node, name in calls if name == layer], module, in_products=on_integers)
     store_codes(graph)
@@ -94,15 +94,11 @@ def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...
     return _Flat(frozen, structure_of(example)).eval(), leaves, stored
 
 
-def _exported(flat: _Flat, leaves: tuple[Tensor, ...], dynamic: bool) -> Any:
+def _exported(flat: _Flat, leaves: tuple[Tensor, ...], axes: FreeAxes) -> Any:
     import onnx
 
     written = io.BytesIO()
-    with torch.no_grad():
-        n_axes = {name: leaf.dim() for name, leaf in zip(flat.input_names, leaves, strict=True)}
-        if dynamic:
-            outputs = flat(*leaves)
-            n_axes |= {name: leaf.dim() for name, leaf in zip(flat.output_names, outputs, strict=True)}
+    free = _named_axes(flat, leaves, axes)
     try:
         # The newer exporter takes ten times as long.
         with _exporting(), torch.no_grad(), KnownOperators():
@@ -114,7 +110,7 @@ def _exported(flat: _Flat, leaves: tuple[Tensor, ...], dynamic: bool) -> Any:
                 opset_version=OPSET,
                 input_names=flat.input_names,
                 output_names=flat.output_names,
-                dynamic_axes={name: {0: "batch"} for name, n in n_axes.items() if n} if dynamic else None,
+                dynamic_axes=free or None,
                 # As it stands: folding here would lose the names of the weights, and ONNX Runtime folds anyway.
                 training=torch.onnx.TrainingMode.PRESERVE,
                 do_constant_folding=False,
@@ -124,6 +120,23 @@ def _exported(flat: _Flat, leaves: tuple[Tensor, ...], dynamic: bool) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise MeasurementError(f"the model cannot be written as ONNX{where}: {reason}") from error
     return onnx.load_from_string(written.getvalue())
+
+
+def _named_axes(flat: _Flat, leaves: tuple[Tensor, ...], axes: FreeAxes) -> dict[str, dict[int, str]]:
+    """The free axes of inputs and outputs; of outputs those that change their size with a text's length."""
+    free = {name: of for name, of in zip(flat.input_names, axes.of(leaves), strict=True) if of}
+    if not free:
+        return {}
+    length = text_length(leaves) if axes.length else None
+    with torch.no_grad():
+        outputs = flat(*leaves)
+        shorter = outputs if length is None else flat(*cut(leaves, length // 2))
+    for name, output, other in zip(flat.output_names, outputs, shorter, strict=True):
+        sizes = enumerate(zip(output.shape, other.shape, strict=True))
+        of = {i: LENGTH for i, (size, changed) in sizes if size != changed}
+        if output.dim():
+            free[name] = of | {0: BATCH}
+    return free
 
 
 @contextmanager
@@ -191,25 +204,26 @@ def _failed_layer(error: BaseException) -> str:
     return ""
 
 
-def _name_layers(graph: Graph, flat: _Flat) -> dict[str, str]:
-    """Names after its layer (in place) what multiplies by the layer's weight.
+def _name_layers(graph: Graph, flat: _Flat, stored: Sequence[str]) -> dict[str, str]:
+    """Names after its layer (in place) what multiplies by the layer's weight, or looks up the rows of a `stored` one.
 
     Gives the layers that make outputs of the model, by the output.
     """
-    owners = {id(layer._parameters["weight"]): name for name, layer in named_layers(flat.model).items()}
+    named = named_layers(flat.model) | {name: flat.model.get_submodule(name) for name in stored}
+    owners = {id(layer._parameters["weight"]): name for name, layer in named.items()}
     parameters = flat.named_parameters(remove_duplicate=False)
     layers = {name: owners[id(parameter)] for name, parameter in parameters if id(parameter) in owners}
     n_calls: Counter[str] = Counter()
     layers_of_outputs = {}
-    for node in graph.nodes(*MULTIPLYING):
-        weight = node.input[1]
+    for node in graph.nodes(*MULTIPLYING, LOOKING_UP):
+        weight = node.input[weight_port(node)]
         while (maker := graph.maker(weight, "Transpose", "QuantizeLinear", "DequantizeLinear")) is not None:
             weight = maker.input[0]
         if weight in layers:
             layer = layers[weight]
             n_calls[layer] += 1
             node.name = f"{LAYER_PREFIX}{layer}#{n_calls[layer]}"
-            output = _name_values(graph, node)
+            output = None if node.op_type == LOOKING_UP else _name_values(graph, node)
             if output is not None:
                 layers_of_outputs[output] = layer
     return layers_of_outputs

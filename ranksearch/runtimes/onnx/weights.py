@@ -21,8 +21,13 @@ INT8_ZERO = 128
 FLOAT_INPUTS = 1
 
 
+def weight_port(node: Any) -> int:
+    """Which input of the node is a layer's weight: what looks up rows has it first, what multiplies second."""
+    return 0 if node.op_type == "Gather" else 1
+
+
 def keep_bits(graph: Graph, nodes: Sequence[Any], module: QuantizedModule, *, in_products: bool) -> None:
-    """Puts the bits of a layer's weight in the place of the floats that `nodes` multiply by (in place).
+    """Puts the bits of a layer's weight in the place of the floats that `nodes` read (in place).
 
     They are the layer's calls, which share the bits. Where `in_products` is set, linear layers multiply by the codes
     themselves.
@@ -34,10 +39,11 @@ def keep_bits(graph: Graph, nodes: Sequence[Any], module: QuantizedModule, *, in
         return
     values: str | None = None
     for node in nodes:
-        values = values or _floats(graph, module, node.input[1])
-        transposed = graph.maker(node.input[1], "Transpose")
+        port = weight_port(node)
+        values = values or _floats(graph, module, node.input[port])
+        transposed = graph.maker(node.input[port], "Transpose")
         if transposed is None:
-            graph.change(node, inputs=[node.input[0], values, *node.input[2:]])
+            graph.change(node, inputs=[*node.input[:port], values, *node.input[port + 1 :]])
         else:
             graph.change(transposed, inputs=[values])
 

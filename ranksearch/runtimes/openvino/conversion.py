@@ -5,7 +5,7 @@ import io
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
 from ranksearch.layers import call_model
+from ranksearch.runtimes.axes import STATIC, FreeAxes
 from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
-from ranksearch.runtimes.openvino.weights import keep_bits
+from ranksearch.runtimes.openvino.weights import keep_bits, weight_port
 from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pooling import fit_windows
 from ranksearch.runtimes.rounding import fix_weights, stored_layers
@@ -26,17 +27,16 @@ from ranksearch.runtimes.tracing import KnownOperators
 from ranksearch.surgery import copy_model
 
 MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
+LOOKING_UP = "Gather"
 NOTE = "ranksearch_layer"
 
 
-def to_openvino(model: nn.Module, example: Any, *, dynamic: bool = False) -> Any:
-    """The model in eval mode as an openvino.Model of static shape, quantized weights stored as int8.
-
-    With `dynamic` the first axis of inputs is of any length.
+def to_openvino(model: nn.Module, example: Any, *, axes: FreeAxes = STATIC) -> Any:
+    """The model in eval mode as an openvino.Model of static shape but for the free `axes`, quantized weights as int8.
 
     Raises MeasurementError where inputs are nested, and, naming them, for operators without a rule.
     """
-    converted = _convert(model, example, dynamic=dynamic)
+    converted = _convert(model, example, axes)
     from openvino._offline_transformations import compress_quantize_weights_transformation
 
     compress_quantize_weights_transformation(converted)
@@ -46,7 +46,7 @@ def to_openvino(model: nn.Module, example: Any, *, dynamic: bool = False) -> Any
 def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], example: Any) -> Any:
     """The model as NNCF quantizes it from up to 300 calibration examples, as an openvino.Model."""
     # NNCF stumbles over embeddings of constants that were folded.
-    converted = _convert(model, example, folds_constants=False)
+    converted = _convert(model, example, STATIC, folds_constants=False)
     nncf = load_nncf()
     inputs = structure_of(example)
     n_rows = len(leaves_of(example)[0])
@@ -61,7 +61,7 @@ def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], exampl
     return quantized
 
 
-def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_constants: bool = True) -> Any:
+def _convert(model: nn.Module, example: Any, axes: FreeAxes, *, folds_constants: bool = True) -> Any:
     load_openvino()
     from openvino._offline_transformations import apply_moc_transformations
 
@@ -81,15 +81,16 @@ def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_con
         return tuple(given)
 
     converted = _from_trace(_trace(flat, leaves))
-    _note_layers(converted, frozen)
-    shapes = [[-1, *leaf.shape[1:]] if dynamic and leaf.dim() else list(leaf.shape) for leaf in leaves]
+    _note_layers(converted, named_layers(frozen) | {name: frozen.get_submodule(name) for name in stored})
+    free = axes.of(leaves)
+    shapes = [[-1 if i in of else n for i, n in enumerate(leaf.shape)] for leaf, of in zip(leaves, free, strict=True)]
     try:
         converted.reshape(dict(enumerate(shapes)))
     except RuntimeError as error:
         raise MeasurementError(f"OpenVINO cannot give the model its shapes: {str(error).strip()}") from error
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
     apply_moc_transformations(converted, cf=folds_constants, smart_reshape=False)
-    noted = _noted(converted)
+    noted = _noted(converted, *MULTIPLYING, LOOKING_UP)
     for layer, module in stored.items():
         keep_bits([op for op, name in noted if name == layer], module)
     _name_layers(converted)
@@ -98,15 +99,15 @@ def _convert(model: nn.Module, example: Any, *, dynamic: bool = False, folds_con
     return converted
 
 
-def _note_layers(converted: Any, model: nn.Module) -> None:
-    """Notes at what multiplies by a layer's weight (in place) which layer that is.
+def _note_layers(converted: Any, layers: Mapping[str, nn.Module]) -> None:
+    """Notes at what multiplies by a layer's weight, or looks up its rows (in place), which layer that is.
 
     The front end keeps weights where they are, so that a constant's address tells whose weight it is.
     """
-    owners = {module.get_parameter("weight").data_ptr(): name for name, module in named_layers(model).items()}
+    owners = {module.get_parameter("weight").data_ptr(): name for name, module in layers.items()}
     for op in converted.get_ops():
-        if op.get_type_name() in MULTIPLYING:
-            address = _constant_address(op.input_value(1))
+        if op.get_type_name() in (*MULTIPLYING, LOOKING_UP):
+            address = _constant_address(op.input_value(weight_port(op)))
             if address in owners:
                 op.get_rt_info()[NOTE] = owners[address]
 
@@ -114,7 +115,7 @@ def _note_layers(converted: Any, model: nn.Module) -> None:
 def _name_layers(converted: Any) -> None:
     """Names after its layer (in place) what was noted; transformations carry notes over but not names."""
     n_calls: Counter[str] = Counter()
-    for op, name in _noted(converted):
+    for op, name in _noted(converted, *MULTIPLYING):
         n_calls[name] += 1
         own = f"{LAYER_PREFIX}{name}" + (f"#{n_calls[name]}" if n_calls[name] > 1 else "")
         op.set_friendly_name(own)
@@ -123,12 +124,12 @@ def _name_layers(converted: Any) -> None:
             follower.set_friendly_name(f"{own}/{follower.get_type_name()}")
 
 
-def _noted(converted: Any) -> list[tuple[Any, str]]:
-    """The operations that multiply by a layer's weight, in order, each with the layer's name."""
+def _noted(converted: Any, *kinds: str) -> list[tuple[Any, str]]:
+    """The operations of these kinds that read a layer's weight, in order, each with the layer's name."""
     return [
         (op, op.get_rt_info()[NOTE].astype(str))
         for op in converted.get_ordered_ops()
-        if NOTE in op.get_rt_info() and op.get_type_name() in MULTIPLYING
+        if NOTE in op.get_rt_info() and op.get_type_name() in kinds
     ]
 
 

@@ -1,7 +1,7 @@
 """Weights of 16, 8 and 4 bits as OpenVINO keeps them: few bits, and what makes floats of them.
 
-Its matrix products take such weights as they are; before other operations it makes floats of them when it loads the
-model.
+Its matrix products and look-ups take such weights as they are; before other operations it makes floats of them when it
+loads the model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,34 +21,41 @@ AsFloats = Callable[[Any], Any]
 TOLERANCE = 1e-5
 
 
+def weight_port(operation: Any) -> int:
+    """Which input of the operation is a layer's weight: what looks up rows has it first, what multiplies second."""
+    return 0 if operation.get_type_name() == "Gather" else 1
+
+
 def keep_bits(operations: Sequence[Any], module: QuantizedModule) -> None:
-    """Puts the bits of a layer's weight in the place of the float constants that `operations` multiply by (in place).
+    """Puts the bits of a layer's weight in the place of the float constants that `operations` read (in place).
 
     They are the layer's calls, which share their bits where they share the constant. A BatchNorm that was folded into
     the constant is a factor of each output. A constant that is anything else stays.
     """
     by_constant: dict[str, list[Any]] = {}
     for operation in operations:
-        by_constant.setdefault(operation.input_value(1).get_node().get_name(), []).append(operation)
+        constant = operation.input_value(weight_port(operation)).get_node()
+        by_constant.setdefault(constant.get_name(), []).append(operation)
     for readers in by_constant.values():
         _keep_bits(readers, module)
 
 
 def _keep_bits(readers: Sequence[Any], module: QuantizedModule) -> None:
-    constant = readers[0].input_value(1).get_node()
+    port = weight_port(readers[0])
+    constant = readers[0].input_value(port).get_node()
     if constant.get_type_name() != "Constant":
         return
     weight = module.rounded_weight.detach().numpy()
     gain = _gain(np.asarray(constant.data), weight)
     if gain is not None:
-        as_floats = _read_in_product if readers[0].get_type_name() == "MatMul" else _read_at_load
+        as_floats = _read_as_used if readers[0].get_type_name() in ("MatMul", "Gather") else _read_at_load
         kept = _KEEPERS[type(module.weight_format)](module, gain, list(constant.shape), as_floats)
         for reader in readers:
-            reader.input(1).replace_source_output(kept.output(0))
+            reader.input(port).replace_source_output(kept.output(0))
 
 
-def _read_in_product(codes: Any) -> Any:
-    """Floats of codes in the form that matrix products take for compressed weights."""
+def _read_as_used(codes: Any) -> Any:
+    """Floats of codes in the form that matrix products and look-ups take for compressed weights."""
     return load_openvino().opset13.convert(codes, np.float32)
 
 

@@ -13,9 +13,9 @@ from torch.nn import functional
 from ranksearch.layers import ConvSpec, LayerSpec
 from ranksearch.quantization import (
     ActivationQuantizer,
-    QuantizedModule,
+    QuantizedLayer,
     activation_quantizers,
-    quantized_modules,
+    quantized_layers,
     weight_codes,
 )
 
@@ -39,7 +39,7 @@ def takes(spec: LayerSpec, kind: Kind, isa: str) -> bool:
 
 def integer_layers(model: nn.Module, kind: Kind, isa: str) -> dict[str, nn.Module]:
     """The 8-bit layers of the model that the int8 product runs, by name, as modules that call it."""
-    quantized = {name: module for name, module in quantized_modules(model).items() if module.rounds_inputs}
+    quantized = {name: module for name, module in quantized_layers(model).items() if module.rounds_inputs}
     quantizers: dict[str, nn.Module] = {name: module.activation for name, module in quantized.items()}
     for moved in activation_quantizers(model).values():
         quantizers |= dict.fromkeys(moved.readers, moved)
@@ -59,7 +59,7 @@ class IntegerProduct(nn.Module):
     step: Tensor
     offset: Tensor
 
-    def __init__(self, module: QuantizedModule, quantizer: ActivationQuantizer, *, least_rows: int) -> None:
+    def __init__(self, module: QuantizedLayer, quantizer: ActivationQuantizer, *, least_rows: int) -> None:
         super().__init__()
         scale, zero = float(quantizer.scale), int(quantizer.zero_point) - SHIFT
         grid_scale = module.grid.scale

@@ -12,6 +12,7 @@ from torch.export.passes import move_to_device_pass
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear, activation_quantizers
+from ranksearch.runtimes.axes import BATCH, LENGTH, FreeAxes
 from ranksearch.runtimes.outputs import gives_flat_outputs
 from ranksearch.runtimes.pytorch.integers import IntegerProduct
 from ranksearch.runtimes.pytorch.session import DTYPES, Loaded, as_computed, in_precision
@@ -44,25 +45,26 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
     _save(program, path)
 
 
-def write_portable_program(model: nn.Module, example: Any, path: Path, *, dynamic: bool) -> None:
+def write_portable_program(model: nn.Module, example: Any, path: Path, axes: FreeAxes) -> None:
     """Exports a copy of the model in float32, its quantizers as torch imitates them, so that any torch runs it.
 
-    With `dynamic` the first axis of inputs is of any length from 1 up. Raises MeasurementError where torch.export
-    cannot.
+    A batch that is free is of any size from 1 up, a length that is what the model's own code allows. Raises
+    MeasurementError where torch.export cannot.
     """
     module, inputs = exportable(model), structure_of(example)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
-    if dynamic and len(leaves[0]) == 1:
+    if axes.batch and len(leaves[0]) == 1:
         # An axis of one row counts as fixed.
         leaves = tuple(torch.cat([leaf, leaf]) for leaf in leaves)
     named = dict(zip(inputs.names, leaves, strict=True)) if inputs.kind == "mapping" else None
-    batch = torch.export.Dim("batch", min=1)
-    axes = [{0: batch} if leaf.dim() else None for leaf in leaves]
-    shapes: Any = dict(zip(inputs.names, axes, strict=True)) if named else tuple(axes)
+    # A table of positions bounds how long texts may be, which torch.export finds out by itself.
+    sizes: dict[str, Any] = {BATCH: torch.export.Dim(BATCH, min=1), LENGTH: torch.export.Dim.AUTO}
+    free = [{axis: sizes[name] for axis, name in of.items()} or None for of in axes.of(leaves)]
+    shapes: Any = dict(zip(inputs.names, free, strict=True)) if named else tuple(free)
     try:
         with torch.no_grad():
             program = torch.export.export(
-                module, () if named else leaves, named, dynamic_shapes=shapes if dynamic else None, strict=False
+                module, () if named else leaves, named, dynamic_shapes=shapes if any(free) else None, strict=False
             )
     except Exception as error:
         raise MeasurementError(
