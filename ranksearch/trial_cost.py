@@ -17,7 +17,7 @@ N_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialCost:
-    """The dense model's figures, what is skipped and why, and the seconds of a trial and of the preparation before."""
+    """The dense model's figures, what the user should hear of it, what is skipped and why, and the seconds of a trial and of the preparation before."""
 
     dense_score: float
     n_validation: int
@@ -28,6 +28,7 @@ class TrialCost:
     trial_s: float
     fine_tuning_s: float
     preparation_s: float
+    notes: tuple[str, ...] = ()
 
 
 def estimate(study: StudySpec) -> TrialCost:
@@ -53,4 +54,5 @@ def estimate(study: StudySpec) -> TrialCost:
         trial_s=others + fine_tuning_s,
         fine_tuning_s=fine_tuning_s,
         preparation_s=0.0 if prepare is None else per_step * prepare.steps,
+        notes=bench.notes,
     )

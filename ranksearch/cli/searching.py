@@ -60,6 +60,8 @@ def check_study(script: Path) -> None:
     say(f"dense score        {cost.dense_score:.4f} on {cost.n_validation} validation examples")
     say(f"dense latency      {cost.dense_latency_ms:.3f} ms for a batch of {study.target.batch_size}")
     say(f"noise floor        ±{cost.noise_floor:.1%}: the same model against itself")
+    for note in cost.notes:
+        say(f"note               {note}")
     say(f"layers             {cost.n_layers} to compress, {len(cost.skipped)} skipped")
     for name, reason in cost.skipped.items():
         say(f"  skipped {name}: {reason}")
@@ -282,7 +284,7 @@ def _profile_row(layer: "LayerProfile") -> tuple[str, ...]:
     smallest = min(layer.candidates, key=lambda c: c.n_bytes)
     return (
         layer.name,
-        f"{dense.latency_ms:.3f}",
+        f"{dense.latency_ms:.3f}" if dense.latency_ms else "",  # embeddings are not timed
         f"{dense.n_bytes:,}",
         str(len(layer.candidates)),
         "none" if mildest is None else f"{mildest.label}: {mildest.latency_ms:.3f} ms, loss {mildest.loss:.2g}",

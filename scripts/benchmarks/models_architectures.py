@@ -62,8 +62,8 @@ def answer(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"that mixes decompositions, 8/8 and 4-bit layers, compressed with {BATCH_SIZE * N_BATCHES} calibration "
         f"examples; outputs of OpenVINO and torch within {TOLERANCE:g} of the compressed module's (relative root mean "
         f"square), of the float plan within {FLOAT_TOLERANCE:g}; read again to the bit; an export with ONNX, "
-        f"OpenVINO and pt2 files of any batch, verified; lengths are those of the example; {' and '.join(UNTESTED)} "
-        "untested"
+        "OpenVINO and pt2 files of any batch and, where nothing else is told, of texts of any length, verified; "
+        f"{' and '.join(UNTESTED)} untested"
     )
     target = {"failed": 0, "tolerance": TOLERANCE, "float_tolerance": FLOAT_TOLERANCE}
     return {"rows": rows, "target": target, "holds": holds, "scope": scope}, [
@@ -118,7 +118,8 @@ def _closeness(outputs: Any, wanted: Tensor) -> Tensor:
 def _row(name: str) -> dict[str, Any]:
     """What became of one network; every check is made that can still be."""
     started = time.perf_counter()
-    row: dict[str, Any] = {"architecture": name, "n_layers": 0, "skipped": {}, "plan": "", "failed": {}}
+    row: dict[str, Any] = {"architecture": name, "n_layers": 0, "plan": ""}
+    row |= {"skipped": {}, "failed": {}, "fixed_lengths": {}}
     with _folder() as folder:
         try:
             for check, complaint in _checks(name, folder, row):
@@ -135,7 +136,7 @@ def _row(name: str) -> dict[str, Any]:
 def _checks(name: str, folder: Path, row: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
     """Each check with what is wrong, None where it holds; notes in `row` what was found."""
     bench = open_workbench(study_of(name))
-    row.update(n_layers=len(bench.found.layers), skipped=dict(bench.found.skipped))
+    row.update(n_layers=len(bench.found.all), skipped=dict(bench.found.skipped))
     table = make_profile(bench, bench.factorisations(), control_plans(bench), dense_latency(bench)[0], lambda _: None)
     plan = mixed_plan(table)
     row.update(plan=plan.summary())
@@ -156,7 +157,7 @@ def _checks(name: str, folder: Path, row: dict[str, Any]) -> Iterator[tuple[str,
     portable: list[tuple[str, str | None]] = []
     export_bundle(
         bundle, export, {"model_bytes": packed_bytes(model)}, lambda _: "", Provenance(), force=False,
-        add=lambda to: portable.extend(_portable(bench, model, to)),
+        add=lambda to: portable.extend(_portable(bench, model, to, row["fixed_lengths"])),
     )  # fmt: skip
     yield from portable
     for check in verify_folder(export, trusted=True):
@@ -192,12 +193,19 @@ def _differs(bench: Workbench, model: nn.Module, again: nn.Module) -> str | None
         return None if all(torch.equal(one, other) for one, other in pairs) else "its outputs differ"
 
 
-def _portable(bench: Workbench, model: nn.Module, folder: Path) -> Iterator[tuple[str, str | None]]:
-    """Each file for other programs, of any batch, which is compared with torch at two batches as it is written."""
+def _portable(
+    bench: Workbench, model: nn.Module, folder: Path, fixed_lengths: dict[str, str]
+) -> Iterator[tuple[str, str | None]]:
+    """Each file for other programs, of any batch, which is compared with torch at two batches as it is written.
+
+    Notes in `fixed_lengths` where texts cannot be of any length, and why.
+    """
     for name, form in FORMATS.items():
         complaint = None
         try:
-            write_portable(model, bench.example, folder, [name])
+            (written,) = write_portable(model, bench.example, folder, [name])
+            if written.note is not None:
+                fixed_lengths[name] = written.note[:300]
         except rs.RankSearchError as error:
             complaint = str(error)[:300]
             (folder / form.file).unlink(missing_ok=True)
@@ -225,6 +233,7 @@ def _lines(row: Mapping[str, Any]) -> Iterator[str]:
         f"{row['seconds']:5.1f} s: {row['plan']}"
     )
     yield from (f"      skipped {names}: {reason}" for reason, names in _by_reason(row["skipped"]))
+    yield from (f"      {name} of one length: {reason}" for name, reason in row["fixed_lengths"].items())
     yield from (f"      {check}: {complaint}" for check, complaint in row["failed"].items())
 
 
