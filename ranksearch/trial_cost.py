@@ -17,7 +17,10 @@ N_STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialCost:
-    """The dense model's figures, what the user should hear of it, what is skipped and why, and the seconds of a trial and of the preparation before."""
+    """The dense model's figures, what is skipped and why, and the seconds of a trial and of the preparation before.
+
+    `notes` are what the user should hear of the model.
+    """
 
     dense_score: float
     n_validation: int

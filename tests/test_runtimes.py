@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
 from ranksearch.layers import layer_spec
+from ranksearch.portable import write_portable
 from ranksearch.quantization import Int8, observe_ranges, quantize_module
 from ranksearch.runtimes import RUNTIMES, base, get_runtime, int8_kernels, register_runtime
 from ranksearch.spec import Target
@@ -324,6 +326,37 @@ def test_own_int8_takes_embeddings_of_constants() -> None:
     # Where sums may saturate NNCF's weights, which take all codes, are off by more.
     worst = 0.1 if OPENVINO.weight_limit(TARGET) == 127 else 0.5
     assert np.abs(session.run(example.numpy()) - wanted).max() < worst * np.abs(wanted).max()
+
+
+class Queries(nn.Module):
+    """As DETR has it: queries of its own attend to each other before they read anything of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.mix, self.norm, self.ask = nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16)
+        self.register_buffer("queries", torch.randn(1, 5, 16))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        queries = self.queries.repeat(states.shape[0], 1, 1)
+        parts = (layer(queries)[:, None] for layer in (self.query, self.key, self.value))
+        mixed = self.mix(F.scaled_dot_product_attention(*parts)[:, 0])
+        asked = self.ask(self.norm(mixed + queries))
+        return F.scaled_dot_product_attention(asked[:, None], states[:, None], states[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("activations_rounded", [True, False])
+def test_layers_that_read_constants_alone(activations_rounded: bool, tmp_path: Path) -> None:
+    example = torch.randn(4, 7, 16)
+    model = _quantized(Queries().eval(), example)
+    if not activations_rounded:
+        model = replace_modules(model, {"ask": model.ask.in_float(), "mix": model.mix.in_float()}).eval()
+    with torch.no_grad():
+        wanted = model(example).numpy()
+    (written,) = write_portable(model, example, tmp_path, ["openvino"])
+    opened = OPENVINO.open_portable(written.path, {"input_0": example.numpy()}, TARGET)
+    for session in (OPENVINO.prepare(model, example, TARGET), opened):
+        np.testing.assert_allclose(session.run(example.numpy()), wanted, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", sorted(RUNTIMES))

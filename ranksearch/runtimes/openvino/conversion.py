@@ -17,6 +17,7 @@ from ranksearch.layers import call_model
 from ranksearch.runtimes.axes import STATIC, FreeAxes
 from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
+from ranksearch.runtimes.openvino.folding import MULTIPLYING, fold_products
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
 from ranksearch.runtimes.openvino.weights import keep_bits, weight_port
 from ranksearch.runtimes.outputs import flat_outputs
@@ -26,7 +27,6 @@ from ranksearch.runtimes.structure import Structure, leaves_of, structure_of
 from ranksearch.runtimes.tracing import KnownOperators
 from ranksearch.surgery import copy_model
 
-MULTIPLYING = ("Convolution", "GroupConvolution", "MatMul")
 LOOKING_UP = "Gather"
 NOTE = "ranksearch_layer"
 
@@ -90,6 +90,8 @@ def _convert(model: nn.Module, example: Any, axes: FreeAxes, *, folds_constants:
         raise MeasurementError(f"OpenVINO cannot give the model its shapes: {str(error).strip()}") from error
     # Folds the quantizers' limits into constants, without which no int8 kernel is taken.
     apply_moc_transformations(converted, cf=folds_constants, smart_reshape=False)
+    if folds_constants:
+        fold_products(converted)
     noted = _noted(converted, *MULTIPLYING, LOOKING_UP)
     for layer, module in stored.items():
         keep_bits([op for op, name in noted if name == layer], module)

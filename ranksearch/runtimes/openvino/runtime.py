@@ -204,11 +204,15 @@ class OpenVINORuntime(AbstractRuntime):
         return self._session(core().read_model(path), target)
 
     def open_portable(self, path: Path, inputs: Any, target: Target) -> AbstractSession:
+        from ranksearch.runtimes.openvino.folding import fold_products
+
         model, shapes = core().read_model(path), named_shapes(inputs)
         for port in model.inputs:
             sizes = [None if size.is_dynamic else size.get_length() for size in port.partial_shape]
             check_fits(port.any_name, sizes, shapes.get(port.any_name, ()))
         model.reshape({name: list(shape) for name, shape in shapes.items()})
+        # A batch that is fixed makes constants of what was only repeated for each of its rows.
+        fold_products(model)
         return self._session(model, target)
 
     def quantize_own(
