@@ -88,7 +88,14 @@ def tokenize(model: str, length: int, texts: Sequence[Text], **options: Any) -> 
 
 def pretrained(kind: str, model: str) -> nn.Module:
     """transformers' model of this name or folder, by one of its Auto classes, in float32 however it was published."""
-    network: nn.Module = getattr(library("transformers"), kind).from_pretrained(model, dtype="float32")
+    progress = library("transformers.utils.logging")
+    was_shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()  # of weights that are there already, drawn over the terminal's own lines
+    try:
+        network: nn.Module = getattr(library("transformers"), kind).from_pretrained(model, dtype="float32")
+    finally:
+        if was_shown:
+            progress.enable_progress_bar()
     return network
 
 
