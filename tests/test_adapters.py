@@ -77,6 +77,14 @@ def test_a_sentence_is_the_mean_of_its_tokens_at_unit_length(tmp_path: Path) -> 
     assert adapter.score is rs.pair_spearman and adapter.higher_is_better
 
 
+def test_loading_a_folder_draws_no_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    adapter = rs.adapters.sentence_encoder(write_folder(tmp_path, "bert", ENCODER), length=8)
+    capfd.readouterr()
+    adapter.model()
+    assert "Loading" not in "".join(capfd.readouterr())
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
 def test_a_classifier_takes_texts_and_pairs_of_them(tmp_path: Path) -> None:
     adapter = rs.adapters.text_classifier(write_folder(tmp_path, "bert", CLASSIFIER, num_labels=3), length=8)
     model = adapter.model()

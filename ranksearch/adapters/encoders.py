@@ -1,8 +1,10 @@
 """transformers' encoders: classifiers of texts, and sentence embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -88,15 +90,23 @@ def tokenize(model: str, length: int, texts: Sequence[Text], **options: Any) -> 
 
 def pretrained(kind: str, model: str) -> nn.Module:
     """transformers' model of this name or folder, by one of its Auto classes, in float32 however it was published."""
+    load = partial(getattr(library("transformers"), kind).from_pretrained, model, dtype="float32")
+    with _no_bars() if Path(model).is_dir() else nullcontext():
+        network: nn.Module = load()
+    return network
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """While open, transformers draws no progress, not even that of downloads, which is worth seeing."""
     progress = library("transformers.utils.logging")
     was_shown = progress.is_progress_bar_enabled()
-    progress.disable_progress_bar()  # of weights that are there already, drawn over the terminal's own lines
+    progress.disable_progress_bar()
     try:
-        network: nn.Module = getattr(library("transformers"), kind).from_pretrained(model, dtype="float32")
+        yield
     finally:
         if was_shown:
             progress.enable_progress_bar()
-    return network
 
 
 def _embeddable(model: str, length: int, texts: Sequence[Text]) -> dict[str, Tensor]:
