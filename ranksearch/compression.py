@@ -13,17 +13,9 @@ from ranksearch.decompositions import DECOMPOSITIONS, check_choice
 from ranksearch.errors import DecompositionError, PlanError
 from ranksearch.factored import Factored
 from ranksearch.factorisations import Factorisations
+from ranksearch.finding import can_be_split, compressible_layers
 from ranksearch.inputs import check_inputs
-from ranksearch.layers import (
-    EmbeddingSpec,
-    WeightSpec,
-    build_layer,
-    can_be_split,
-    compressible_layers,
-    layer_spec,
-    layer_weight,
-    weight_spec,
-)
+from ranksearch.layers import EmbeddingSpec, WeightSpec, build_layer, layer_spec, layer_weight, weight_spec
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import (
     CODE_LIMIT,

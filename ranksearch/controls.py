@@ -11,9 +11,10 @@ from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.disk import told_full
 from ranksearch.errors import RankSearchError
 from ranksearch.evaluation import FRONT_COLUMNS
+from ranksearch.finding import WeightInfo
 from ranksearch.home import StudyHome, write_json
 from ranksearch.home_records import control_records
-from ranksearch.layers import EmbeddingSpec, WeightInfo, WeightSpec
+from ranksearch.layers import EmbeddingSpec, WeightSpec
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.recovery import recover
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge, drop_columns

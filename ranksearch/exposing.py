@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ranksearch.layers import can_be_split, evaluating, weight_users
+from ranksearch.finding import can_be_split, weight_users
+from ranksearch.layers import evaluating
 from ranksearch.surgery import copy_model, replace_modules
 
 # What computes a weight before each call: the attribute that names the weight, and what folds it.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ranksearch.cache import Cache, content_hash
 from ranksearch.compression import rebuild
 from ranksearch.device import timed_cores
+from ranksearch.finding import LayerInfo
 from ranksearch.latency import Call, compare, timed_call
-from ranksearch.layers import ConvSpec, LayerInfo
+from ranksearch.layers import ConvSpec
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import SharedTensors
 from ranksearch.runtimes import AbstractRuntime, AbstractSession

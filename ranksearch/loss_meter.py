@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ranksearch.compression import compress
 from ranksearch.factorisations import Factorisations
-from ranksearch.layers import WeightInfo, call_model, evaluating, first_argument
+from ranksearch.finding import WeightInfo
+from ranksearch.layers import call_model, evaluating, first_argument
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import CODE_LIMIT, SharedTensors, rounded_outputs, shared_tensors

@@ -12,8 +12,9 @@ from ranksearch.candidates import Candidate, LayerProfile, Profile, TimePlan, fi
 from ranksearch.compression import rebuild
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
+from ranksearch.finding import EmbeddingInfo, LayerInfo, WeightInfo
 from ranksearch.layer_timing import LayerTimes
-from ranksearch.layers import EmbeddingInfo, LayerInfo, LayerSpec, WeightInfo, WeightSpec, layer_weight
+from ranksearch.layers import LayerSpec, WeightSpec, layer_weight
 from ranksearch.loss_meter import LossMeter
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.pareto import non_dominated

@@ -11,9 +11,9 @@ from pydantic import TypeAdapter
 from ranksearch.cache import Cache, content_hash
 from ranksearch.compression import rebuild
 from ranksearch.device import timed_cores
+from ranksearch.finding import LayerInfo, compressible_layers
 from ranksearch.latency import compare, timed_call
 from ranksearch.layer_timing import QUICKLY, Neighbourhood, neighbourhood_example
-from ranksearch.layers import LayerInfo, compressible_layers
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.runtimes import AbstractRuntime
 from ranksearch.spec import Target

@@ -17,17 +17,10 @@ from ranksearch.decompositions import get_decomposition
 from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
+from ranksearch.finding import FoundLayers, compressible_layers
 from ranksearch.inputs import check_inputs, other_floats_given
 from ranksearch.latency import Latency, compare_all, timed_call
-from ranksearch.layers import (
-    FoundLayers,
-    WeightSpec,
-    call_model,
-    compressible_layers,
-    count_macs,
-    evaluating,
-    other_floats,
-)
+from ranksearch.layers import WeightSpec, call_model, count_macs, evaluating, other_floats
 from ranksearch.plan import DENSE
 from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_layers, shared_tensors

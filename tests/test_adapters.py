@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import ranksearch as rs
 from ranksearch.errors import StudyError
-from ranksearch.layers import call_model, compressible_layers, layer_spec
+from ranksearch.finding import compressible_layers
+from ranksearch.layers import call_model, layer_spec
 from ranksearch.runtimes import get_runtime
 from ranksearch.spec import tied_layers
 from ranksearch.trees import map_tensors

@@ -11,7 +11,8 @@ import torch
 from tiny_study import split, trained
 
 from ranksearch.compression import compress, rebuild
-from ranksearch.layers import compressible_layers, count_macs
+from ranksearch.finding import compressible_layers
+from ranksearch.layers import count_macs
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.recovery.factors import balance, factor_chains
 from ranksearch.weights import packed_bytes

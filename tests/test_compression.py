@@ -20,7 +20,8 @@ from ranksearch.decompositions.base import AbstractDecomposition, Factorisation,
 from ranksearch.decompositions.building import chain, filtering, pointwise
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.factorisations import Factorisations
-from ranksearch.layers import ConvSpec, LayerSpec, compressible_layers
+from ranksearch.finding import compressible_layers
+from ranksearch.layers import ConvSpec, LayerSpec
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.quantization import QuantizedLinear, activation_quantizers, freeze, quantized_modules
 from ranksearch.statistics import LayerStatistics, collect

@@ -15,7 +15,8 @@ import ranksearch as rs
 from ranksearch.candidates import Profile
 from ranksearch.controls import control_plans
 from ranksearch.errors import PlanError, StudyError
-from ranksearch.layers import compressible_layers, count_macs
+from ranksearch.finding import compressible_layers
+from ranksearch.layers import count_macs
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.quantization import Half, Int4, Int8, QuantizedEmbedding, WeightFormat, quantize_module
 from ranksearch.session import make_profile

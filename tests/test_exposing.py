@@ -13,7 +13,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import ranksearch as rs
 from ranksearch.exposing import SplitAttention
-from ranksearch.layers import compressible_layers, evaluating
+from ranksearch.finding import compressible_layers
+from ranksearch.layers import evaluating
 from ranksearch.portable import FORMATS, write_portable
 
 EIGHT, N, L, S = 8, 2, 5, 7  # width, examples, queries, keys

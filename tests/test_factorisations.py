@@ -16,7 +16,8 @@ from ranksearch.decompositions import DECOMPOSITIONS, Factorisation, Metric, Opt
 from ranksearch.decompositions.svd import SVD
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations, Factors
-from ranksearch.layers import LayerSpec, compressible_layers
+from ranksearch.finding import compressible_layers
+from ranksearch.layers import LayerSpec
 from ranksearch.plan import LayerChoice
 from ranksearch.statistics import LayerStatistics, collect
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from ranksearch.cache import Cache
 from ranksearch.compression import rebuild
+from ranksearch.finding import compressible_layers
 from ranksearch.layer_timing import FEW_CHANNELS, LayerTimer, Neighbourhood, PlanTimer, neighbourhood_example
-from ranksearch.layers import compressible_layers
 from ranksearch.plan import DENSE, Plan
 from ranksearch.workbench import Workbench
 

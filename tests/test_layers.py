@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from ranksearch.errors import StudyError
+from ranksearch.finding import compressible_layers
 from ranksearch.layers import (
     ConvSpec,
     LinearSpec,
     build_layer,
     call_model,
-    compressible_layers,
     count_macs,
     evaluating,
     layer_spec,

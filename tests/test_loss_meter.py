@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ranksearch import loss_meter
 from ranksearch.factorisations import Factorisations
-from ranksearch.layers import compressible_layers
+from ranksearch.finding import compressible_layers
 from ranksearch.loss_meter import LossMeter
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.plan import LayerChoice, Plan

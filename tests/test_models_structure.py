@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ranksearch as rs
 from ranksearch.export import named_values
-from ranksearch.layers import compressible_layers
+from ranksearch.finding import compressible_layers
 from ranksearch.load_example import loading_script
 from ranksearch.portable import FORMATS, write_portable
 from ranksearch.runtimes import get_runtime

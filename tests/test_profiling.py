@@ -19,8 +19,9 @@ from ranksearch.compression import compress, rebuild
 from ranksearch.controls import control_plans
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
+from ranksearch.finding import LayerInfo, compressible_layers
 from ranksearch.layer_timing import LayerTimes
-from ranksearch.layers import LayerInfo, LayerSpec, compressible_layers
+from ranksearch.layers import LayerSpec
 from ranksearch.loss_meter import LossMeter
 from ranksearch.pareto import non_dominated
 from ranksearch.plan import DENSE, LayerChoice, Plan

@@ -12,7 +12,8 @@ from standins import Conv1D, as_image, as_linear
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import LayerInfo, compressible_layers, layer_spec
+from ranksearch.finding import LayerInfo, compressible_layers
+from ranksearch.layers import layer_spec
 from ranksearch.scoring import output_distance
 from ranksearch.statistics import (
     LayerStatistics,

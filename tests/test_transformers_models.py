@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 import ranksearch as rs
-from ranksearch.layers import ConvSpec, LayerInfo, call_model, compressible_layers, evaluating
+from ranksearch.finding import LayerInfo, compressible_layers
+from ranksearch.layers import ConvSpec, call_model, evaluating
 
 N, N_WORDS = 6, 50
 Make = Callable[[], nn.Module]

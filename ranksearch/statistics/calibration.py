@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import LayerInfo, call_model, evaluating
+from ranksearch.finding import LayerInfo
+from ranksearch.layers import call_model, evaluating
 from ranksearch.spec import Batches
 from ranksearch.statistics.collector import Collector
 from ranksearch.statistics.values import LayerStatistics

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import LayerInfo, LayerSpec, first_argument
+from ranksearch.finding import LayerInfo
+from ranksearch.layers import LayerSpec, first_argument
 from ranksearch.statistics.patches import (
     by_group,
     channels_first,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ranksearch.decompositions import DECOMPOSITIONS, AbstractDecomposition, Options, Ranks
 from ranksearch.decompositions.base import n_dense_params
-from ranksearch.layers import LayerInfo, LayerSpec, call_model, evaluating
+from ranksearch.finding import LayerInfo
+from ranksearch.layers import LayerSpec, call_model, evaluating
 from ranksearch.loss_meter import LossMeter
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.profiling import references

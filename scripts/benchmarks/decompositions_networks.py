@@ -15,7 +15,7 @@ from torch import nn
 
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.factorisations import Factorisations
-from ranksearch.layers import LayerInfo, compressible_layers
+from ranksearch.finding import LayerInfo, compressible_layers
 from ranksearch.plan import LayerChoice
 from ranksearch.spec import Batches
 from ranksearch.statistics import collect

@@ -11,8 +11,8 @@ from torch import nn
 from ranksearch.compression import rebuild
 from ranksearch.controls import uniform_plan
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
+from ranksearch.finding import compressible_layers
 from ranksearch.latency import compare
-from ranksearch.layers import compressible_layers
 from ranksearch.plan import Plan
 from ranksearch.runtimes import get_runtime
 from ranksearch.runtimes.pytorch.cuda import DeviceCall

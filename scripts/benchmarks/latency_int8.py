@@ -9,8 +9,8 @@ import torch
 from networks import resnet18
 
 from ranksearch.compression import rebuild
+from ranksearch.finding import LayerInfo, compressible_layers
 from ranksearch.latency import Latency, compare
-from ranksearch.layers import LayerInfo, compressible_layers
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import quantized_modules, shared_tensors
 from ranksearch.runtimes import get_runtime, stayed_float

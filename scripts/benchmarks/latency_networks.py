@@ -7,7 +7,7 @@ import torch
 from common import study_script
 from torch import Tensor, nn
 
-from ranksearch.layers import LayerInfo, compressible_layers
+from ranksearch.finding import LayerInfo, compressible_layers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

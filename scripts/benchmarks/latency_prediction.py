@@ -21,9 +21,9 @@ from ranksearch.compression import rebuild
 from ranksearch.controls import uniform_plan
 from ranksearch.decompositions import DECOMPOSITIONS
 from ranksearch.device import device_lock
+from ranksearch.finding import LayerInfo
 from ranksearch.latency import compare, timed_call
 from ranksearch.layer_timing import LayerTimer, PlanTimer
-from ranksearch.layers import LayerInfo
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.profiling import MAX_CANDIDATES
 from ranksearch.quantization import shared_tensors

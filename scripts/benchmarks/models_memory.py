@@ -26,7 +26,7 @@ import ranksearch as rs
 from ranksearch.compression import compress
 from ranksearch.controls import control_plans
 from ranksearch.factorisations import Factorisations
-from ranksearch.layers import compressible_layers
+from ranksearch.finding import compressible_layers
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.session import dense_latency, make_profile
 from ranksearch.statistics import collect

@@ -7,7 +7,7 @@ from decompositions_candidates import Candidate, candidates
 from decompositions_networks import Subject, choice_macs
 
 from ranksearch.decompositions import DECOMPOSITIONS
-from ranksearch.layers import LayerInfo
+from ranksearch.finding import LayerInfo
 from ranksearch.plan import LayerChoice, Plan
 
 Table = Mapping[str, Sequence[Candidate]]
