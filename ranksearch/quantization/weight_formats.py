@@ -266,9 +266,15 @@ def _least_error(groups: Floats, tried: list[tuple[Floats, NDArray[np.int32]]]) 
     """For each group (n, m) the step and the zero point, of those tried, that round it with the least squared error."""
     best_step, best_zero = tried[0]
     best_error = np.full(len(groups), np.inf, dtype=np.float32)
+    # One array, and floats alone, for what would else be made anew a dozen times, in twice the bits.
+    difference = np.empty_like(groups)
     for step, zero in tried:
-        codes = np.clip(np.rint(groups / step[:, None]) + zero[:, None], 0, N_LEVELS - 1)
-        difference = (codes - zero[:, None]) * step[:, None] - groups
+        steps, zeros = step[:, None], zero[:, None].astype(np.float32)
+        np.divide(groups, steps, out=difference)
+        np.rint(difference, out=difference)
+        np.clip(difference, -zeros, N_LEVELS - 1 - zeros, out=difference)
+        difference *= steps
+        difference -= groups
         error = np.einsum("ij,ij->i", difference, difference)
         better = error < best_error
         best_step, best_zero = np.where(better, step, best_step), np.where(better, zero, best_zero)
