@@ -1,7 +1,7 @@
 """What plans lose, measured: the distance of the outputs to dense on calibration batches that did not shape them."""
 
-import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, final
 
 import numpy as np
@@ -14,11 +14,17 @@ from ranksearch.layers import call_model, evaluating, first_argument
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import CODE_LIMIT, SharedTensors, rounded_outputs, shared_tensors
+from ranksearch.replaying import Replay
 from ranksearch.scoring import output_distance
-from ranksearch.surgery import replace_modules
-from ranksearch.trees import count_rows, first_examples
+from ranksearch.trees import concatenate, count_rows, first_examples, tensors
 
 KL_BATCHES = 2
+# Batches of so few rows are judged together: models that large are read from memory longer than they compute.
+FEW_ROWS = 8
+
+
+class _Heard(BaseException):  # noqa: N818  no error, and none of what a model's own code may catch
+    """A layer's input was heard; what comes behind it need not run."""
 
 
 @final
@@ -39,17 +45,20 @@ class LossMeter:
     ) -> None:
         self._model = model
         self._shaping = calibration[:KL_BATCHES]
-        self._judging = [inputs for inputs, _ in calibration[KL_BATCHES : 2 * KL_BATCHES] or calibration[:KL_BATCHES]]
+        judging = calibration[KL_BATCHES : 2 * KL_BATCHES] or calibration[:KL_BATCHES]
+        self._judging = _few_runs([inputs for inputs, _ in judging])
         self._factorisations = factorisations
         self._loss = loss
         self._weight_limit = weight_limit
         self._shared = shared_tensors(model, next(iter(first_examples(calibration, 1))))
-        self._dense = self._outputs(model)
+        self._replay = Replay(model, self._judging)
         self._read: tuple[str, list[tuple[Tensor, None]] | None] = "", None
 
     def of_plan(self, plan: Plan) -> float:
         """The distance of the outputs under the plan to dense."""
-        return self._distance(self._compressed(self._model, plan, self._shaping, self._shared))
+        compressed = self._compressed(self._model, plan, self._shaping, self._shared)
+        with evaluating(compressed):
+            return self._distance([call_model(compressed, inputs) for inputs in self._judging])
 
     def of_layer(self, info: WeightInfo, choice: LayerChoice) -> float:
         """The same where this layer alone is changed: it is compressed on what it reads, without the model around it.
@@ -63,7 +72,7 @@ class LossMeter:
             return self.of_plan(plan)
         alone = Alone(info.name, self._model.get_submodule(info.name))
         built = self._compressed(alone, plan, read, SharedTensors()).get_submodule(info.name)
-        return self._distance(replace_modules(_sharing_copy(self._model), {info.name: built}))
+        return self._distance(self._replay.outputs_with(info.name, built))
 
     def _compressed(
         self, model: nn.Module, plan: Plan, calibration: Sequence[tuple[Any, Any]], shared: SharedTensors
@@ -88,23 +97,21 @@ class LossMeter:
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             # What is done in place later is none of its input.
             heard.append(first_argument(arguments, named).detach().clone())
+            raise _Heard
 
         handle = self._model.get_submodule(info.name).register_forward_pre_hook(hook, with_kwargs=True)
         try:
             with evaluating(self._model):
                 for inputs, _ in self._shaping:
-                    call_model(self._model, inputs)
+                    with suppress(_Heard):
+                        call_model(self._model, inputs)
         finally:
             handle.remove()
         n_rows = [count_rows(inputs) for inputs, _ in self._shaping]
         return [(tensor, None) for tensor in heard] if [len(tensor) for tensor in heard] == n_rows else None
 
-    def _outputs(self, model: nn.Module) -> list[Any]:
-        with evaluating(model):
-            return [call_model(model, inputs) for inputs in self._judging]
-
-    def _distance(self, compressed: nn.Module) -> float:
-        pairs = zip(self._outputs(compressed), self._dense, strict=True)
+    def _distance(self, outputs: Sequence[Any]) -> float:
+        pairs = zip(outputs, self._replay.outputs, strict=True)
         return max(float(np.mean([output_distance(own, dense, self._loss) for own, dense in pairs])), SMALLEST_LOSS)
 
 
@@ -128,7 +135,9 @@ class Alone(nn.Module):
         return outputs
 
 
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model's modules around the very tensors of the model."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, tensors)
+def _few_runs(batches: list[Any]) -> list[Any]:
+    """The batches, as one where they are small and of like shapes."""
+    shapes = {tuple(tensor.shape[1:] for tensor in tensors(inputs)) for inputs in batches}
+    n_rows = {len(tensor) if tensor.dim() else 0 for inputs in batches for tensor in tensors(inputs)}
+    are_small = all(0 < count <= FEW_ROWS for count in n_rows)
+    return [concatenate(batches)] if are_small and len(n_rows) == len(shapes) == 1 else batches

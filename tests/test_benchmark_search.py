@@ -492,3 +492,26 @@ def test_float_plans_of_few_multiply_adds_are_found_within_a_latency(rooms: dict
     assert loss <= min(found[0] for found in within if found[1] <= 0.6 and found[2] <= 0.5) + 1e-9
     with pytest.raises(LookupError, match="none of 5 plans is within"):
         rooms["uniform"].best_plan(in_float, ResolvedLimits(max_latency_ratio=1e-6, max_bytes_ratio=0.5), 5)
+
+
+def test_a_plan_as_fast_as_another_is_found_where_predictions_are_off(
+    rooms: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uniform, (evaluations, _) = rooms["uniform"], opened(rooms, tmp_path, make_profile())
+    in_float, asked = uniform.InFloat(evaluations), []
+    wanted = in_float.profile.plan(in_float.dense)
+
+    def latencies(_bench: Any, plans: list[Any]) -> list[float]:
+        """Plans take two thirds of what is predicted; the one that is wanted takes 0.6."""
+        asked.extend(plans)
+        predicted = [in_float.profile.predict(in_float.profile.indices(plan))[1] for plan in plans]
+        return [0.6 if plan is wanted else value / 1.5 for plan, value in zip(plans, predicted, strict=True)]
+
+    monkeypatch.setattr(uniform, "_latencies", latencies)
+    monkeypatch.setattr(uniform, "CUT", 0.3)
+    plan = uniform.as_fast_as(wanted, in_float, None, 8)
+    (taken,) = latencies(None, [plan])
+    tried = [p for p in asked if p is not wanted]
+    assert max(t for t in latencies(None, tried) if t <= 0.6) == taken
+    first = in_float.profile.predict(in_float.profile.indices(tried[0]))[1]
+    assert first <= 0.6 < 1.5 * taken, "the first limit is what is measured, later ones what is predicted of it"

@@ -13,6 +13,7 @@ from ranksearch.finding import compressible_layers
 from ranksearch.loss_meter import LossMeter
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.plan import LayerChoice, Plan
+from ranksearch.replaying import Replay
 from ranksearch.statistics import collect
 
 SVD = LayerChoice(decomposition="svd", ranks=(3,))
@@ -73,5 +74,20 @@ def test_the_rest_of_the_model_is_neither_copied_nor_compressed(
         meter.of_layer(layers[name], SVD)
     whole = [model is meter._model for model in compressed]
     assert whole == [name == "twice" for name in layers], "only what runs twice needs the model around it"
-    shared = loss_meter._sharing_copy(meter._model)
-    assert shared.head is not meter._model.head and shared.head.weight is meter._model.head.weight
+
+
+def test_small_batches_are_judged_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    batches = [(torch.randn(2, 5), torch.randint(3, (2,))) for _ in range(4)]
+    layers = compressible_layers(model, batches[0][0]).layers
+    factorisations = Factorisations(model, collect(model, layers, batches, F.cross_entropy))
+    together = LossMeter(model, batches, factorisations, F.cross_entropy)
+    loss = together.of_plan(Plan(layers={"0": SVD}))
+    assert loss_meter._few_runs([batch for batch, _ in batches[2:]])[0].shape == (4, 5)
+    ragged = [torch.randn(2, 5), torch.randn(2, 6)]
+    assert loss_meter._few_runs(ragged) == ragged and len(loss_meter._few_runs([torch.randn(9, 5)] * 2)) == 2
+    apart = copy.copy(together)
+    apart._judging = [inputs for inputs, _ in batches[2:]]
+    apart._replay = Replay(model, apart._judging)
+    assert loss == pytest.approx(apart.of_plan(Plan(layers={"0": SVD})), rel=1e-4)
