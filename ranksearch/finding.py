@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -21,6 +21,7 @@ from ranksearch.layers import (
     first_argument,
     weight_spec,
 )
+from ranksearch.trees import tensors
 
 # What is a layer, or becomes one by rs.expose_layers.
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, nn.Embedding)
@@ -63,6 +64,14 @@ class FoundLayers:
     layers: Mapping[str, LayerInfo]
     skipped: Mapping[str, str]
     embeddings: Mapping[str, EmbeddingInfo] = field(default_factory=dict)
+
+    def without(self, reasons: Mapping[str, str]) -> "FoundLayers":
+        """Those that have no reason to be skipped."""
+        return FoundLayers(
+            layers={name: info for name, info in self.layers.items() if name not in reasons},
+            embeddings={name: info for name, info in self.embeddings.items() if name not in reasons},
+            skipped={**self.skipped, **reasons},
+        )
 
     @property
     def all(self) -> Mapping[str, WeightInfo]:
@@ -110,6 +119,37 @@ def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
     layers = {info.name: info for info in found if isinstance(info, LayerInfo)}
     embeddings = {info.name: info for info in found if isinstance(info, EmbeddingInfo)}
     return FoundLayers(layers=layers, skipped=skipped, embeddings=embeddings)
+
+
+def unread_layers(model: nn.Module, example: Any, layers: Iterable[str]) -> dict[str, str]:
+    """The layers on which nothing that the model gives depends, such as a pooler that is not read, with that reason.
+
+    None where no gradient can tell: where all outputs are integers, or the model changes a frozen layer's in place.
+    """
+    given: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            given.setdefault(name, []).append(output if output.requires_grad else output.requires_grad_())
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in layers]
+    try:
+        with evaluating(model), torch.enable_grad():
+            told = [tensor for tensor in tensors(call_model(model, example)) if tensor.requires_grad]
+            if not told:
+                return {}
+            flat = [output for outputs in given.values() for output in outputs]
+            total = torch.stack([tensor.float().sum() for tensor in told]).sum()
+            gradients = iter(torch.autograd.grad(total, flat, allow_unused=True))
+    except RuntimeError:
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = {name: [next(gradients) is not None for _ in outputs] for name, outputs in given.items()}
+    return {name: "nothing that the model gives depends on it" for name, calls in reached.items() if not any(calls)}
 
 
 def _info(name: str, module: nn.Module, calls: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> WeightInfo:

@@ -17,7 +17,7 @@ from ranksearch.decompositions import get_decomposition
 from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
-from ranksearch.finding import FoundLayers, compressible_layers
+from ranksearch.finding import FoundLayers, compressible_layers, unread_layers
 from ranksearch.inputs import check_inputs, other_floats_given
 from ranksearch.latency import Latency, compare_all, timed_call
 from ranksearch.layers import WeightSpec, call_model, count_macs, evaluating, other_floats
@@ -183,7 +183,8 @@ def open_workbench(
         raise StudyError(f"study {spec.name!r}: the training data yields no example; leave `train` out, or fill it")
     example = first_rows(calibration, spec.target.batch_size)
     # On the example, so that layers are timed at the batch size of the target.
-    found = _selected(compressible_layers(model, example), spec)
+    found = compressible_layers(model, example)
+    found = _selected(found.without(unread_layers(model, first_rows(calibration, 1), found.all)), spec)
     with timed_cores(spec.target):
         _check_ties(spec, found, runtime)
         session = runtime.prepare(model, example, spec.target)
@@ -355,8 +356,7 @@ def _selected(found: FoundLayers, spec: StudySpec) -> FoundLayers:
             reasons[name] = "not in Space.only"
         elif any(fnmatch.fnmatch(name, glob) for glob in spec.space.skip):
             reasons[name] = "in Space.skip"
-    layers = {name: info for name, info in found.layers.items() if name not in reasons}
-    embeddings = {name: info for name, info in found.embeddings.items() if name not in reasons}
-    if not layers and not embeddings:
+    selected = found.without(reasons)
+    if not selected.all:
         raise StudyError("Space.only and Space.skip leave no layer to compress")
-    return FoundLayers(layers=layers, embeddings=embeddings, skipped={**found.skipped, **reasons})
+    return selected

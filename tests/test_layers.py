@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from ranksearch.errors import StudyError
-from ranksearch.finding import compressible_layers
+from ranksearch.finding import compressible_layers, unread_layers
 from ranksearch.layers import (
     ConvSpec,
     LinearSpec,
@@ -217,3 +217,40 @@ def test_a_linear_is_rebuilt_from_its_spec() -> None:
     layer = build_layer(spec)
     assert layer_spec(layer) == spec
     assert tuple(layer.weight.shape) == spec.weight_shape
+
+
+class Pooled(nn.Module):
+    """As BERT has it: a pooler that nothing reads, unless it is asked for; and a table that is read by sums alone."""
+
+    def __init__(self, *, reads: bool = False, frozen: bool = False) -> None:
+        super().__init__()
+        self.words, self.layer, self.pooler, self.head = (
+            nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2),
+        )  # fmt: skip
+        self.reads = reads
+        self.requires_grad_(not frozen)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        states = torch.relu(self.layer(self.words(ids)))
+        pooled = self.pooler(states[:, 0])
+        return {"kinds": self.head(states.mean(1) + (pooled if self.reads else 0)), "length": ids.ne(0).sum(1)}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_nothing_reads_are_told(frozen: bool) -> None:
+    example, names = torch.randint(0, 9, (2, 5)), ["words", "layer", "pooler", "head"]
+    reason = {"pooler": "nothing that the model gives depends on it"}
+    model = Pooled(frozen=frozen)
+    assert unread_layers(model, example, names) == reason
+    assert not any(p.requires_grad == frozen for p in model.parameters()) and model.training
+    assert unread_layers(Pooled(reads=True, frozen=frozen), example, names) == {}
+
+
+def test_where_no_gradient_can_tell_all_layers_stay() -> None:
+    class Ranks(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).argmax(1)  # type: ignore[no-any-return]
+
+    in_place = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)).requires_grad_(False)
+    for model in (Ranks(nn.Linear(4, 4)), in_place):
+        assert unread_layers(model, torch.randn(2, 4), ["0"]) == {}
