@@ -238,8 +238,9 @@ def test_a_worker_that_hangs_is_ended(
         executor._limit = type(executor._limit)(0.1)  # type: ignore[attr-defined]
         outcome = next_outcome(executor)
         assert outcome.reason == "it took longer than 0 s, so its worker process was ended"
-        pids = worker_pids()
-    assert pids and not worker_pids()
+        # Another is started in its place, which bears its name only once it runs.
+        wait_until(lambda: bool(worker_pids()))
+    assert not worker_pids()
 
 
 def test_what_runs_when_the_study_shall_end_at_once_is_interrupted(
