@@ -1,7 +1,7 @@
 """Layers that compute as kernels on rounded weights and inputs do; gradients pass straight through."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +177,7 @@ class QuantizedEmbedding(_Rounded):
     def forward(self, input: Tensor) -> Tensor:
         rows = input.flatten()
         found = functional.embedding(rows, self.weight, self.spec.padding_idx)
-        if torch.jit.is_tracing() or len(rows):  # torch rounds no empty tensor, and traces none
+        if cast(Any, torch.jit).is_tracing() or len(rows):  # torch rounds no empty tensor, and traces none
             grid = Grid(*(None if values is None else values[rows] for values in self.grid))
             found = self.weight_format.round(found, grid)
         return found.reshape(*input.shape, self.spec.embedding_dim)
