@@ -146,7 +146,7 @@ def output_distance(outputs: Any, dense_outputs: Any, loss: Any) -> float:
         dense_logits = tensors(dense_outputs)[0].double().log_softmax(1)
         return float((dense_logits.exp() * (dense_logits - logits)).sum(1).mean())
     pairs = list(zip(tensors(outputs), tensors(dense_outputs), strict=True))
-    shares = [_share_of_variance(new.double(), old.double()) for new, old in pairs if old.is_floating_point()]
+    shares = [_share_of_variance(new, old) for new, old in pairs if old.is_floating_point()]
     return sum(shares) / max(len(shares), 1)
 
 
@@ -256,9 +256,18 @@ def _corpus_interval(
 
 
 def _share_of_variance(outputs: Tensor, dense_outputs: Tensor) -> float:
-    spread = dense_outputs - dense_outputs.mean(0) if len(dense_outputs) > 1 else dense_outputs
-    variance = max(float(spread.square().mean()), 1e-30)
-    return float((outputs - dense_outputs).square().mean()) / variance
+    """Mean squares in single precision at least: the logits of a language model take milliseconds so, not 100."""
+    precision = torch.promote_types(dense_outputs.dtype, torch.float32)
+    new, old = outputs.to(precision), dense_outputs.to(precision)
+    spread = old - old.mean(0) if old.dim() and len(old) > 1 else old
+    return _mean_square(new - old) / max(_mean_square(spread), 1e-30)
+
+
+def _mean_square(values: Tensor) -> float:
+    flat = values.flatten()
+    total = float(flat @ flat)
+    # Squares overflow long before the values do.
+    return (total if np.isfinite(total) else float(flat.double().square().sum())) / max(flat.numel(), 1)
 
 
 def _digest(batch: tuple[Any, Any]) -> str:

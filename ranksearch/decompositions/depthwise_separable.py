@@ -75,7 +75,7 @@ def _filters_and_mixture(weight: Tensor, metric: Metric | None) -> tuple[Tensor,
         project = unproject = principal_directions(by_input, None)
     else:
         root, inverse_root = whitening_roots(diagonal_blocks(metric.input, n_inputs))
-        weighed = by_input if metric.output_roots is None else by_input @ metric.output_roots[0][0]
+        weighed = by_input if metric.output_roots is None else by_input @ metric.output_roots[0][0].mT
         directions = principal_directions(root @ weighed, None)
         project, unproject = root @ directions, inverse_root @ directions
     mixture = weight.transpose(0, 1) @ project

@@ -85,10 +85,10 @@ def principal_axes(gram: Tensor) -> Tensor:
 def weighed_axes(gram: Tensor, root: Tensor, inverse_root: Tensor) -> tuple[Tensor, Tensor]:
     """Columns P and Q (..., n, n), first to matter first: Q P^T matrix is the best of its rank for weighed rows.
 
-    `gram` (..., n, n) is the matrix's own, `root` (..., n, n) the symmetric root of what its rows count.
+    `gram` (..., n, n) is the matrix's own; what its rows count is root^T root.
     """
-    directions = principal_axes(root @ gram @ root)
-    return root @ directions, inverse_root @ directions
+    directions = principal_axes(root @ gram @ root.mT)
+    return root.mT @ directions, inverse_root @ directions
 
 
 def right_factors(matrix: Tensor, gram: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,18 @@ def square_roots(covariance: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     floor = ridge * values.mean(-1, keepdim=True).clamp_min(1e-30)
     root = (values.clamp_min(0.0) + floor).sqrt()[..., None, :]
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def weighing_roots(covariance: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Upper triangular R (..., n, n), R^T R the covariance plus `ridge` times its mean diagonal, and its inverse.
+
+    In a tenth of the time of `square_roots`, for ridges that keep the sum far from singular.
+    """
+    raised = covariance.clone()
+    raised.diagonal(dim1=-2, dim2=-1).add_(ridge * mean_diagonal(covariance)[..., 0])
+    root = torch.linalg.cholesky(raised, upper=True)
+    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
+    return root, torch.linalg.solve_triangular(root, identity, upper=True)
 
 
 def least_squares_step(normal: Tensor, right: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ranksearch.decompositions.matrices import all_finite, square_roots, triangular_root
+from ranksearch.decompositions.matrices import all_finite, triangular_root, weighing_roots
 from ranksearch.decompositions.weighed import WeighedWeight
 
 # Beyond so many inputs a cost is estimated on as many probes: exactly, it takes the square of the inputs.
@@ -45,12 +45,12 @@ class Metric:
 
     @cached_property
     def output_roots(self) -> tuple[Tensor, Tensor] | None:
-        """The symmetric square roots (groups, T / groups, T / groups) of the shrunk outputs, and their inverses.
+        """Triangular R (groups, T / groups, T / groups), R^T R the shrunk outputs' moments, and their inverses.
 
         Shrunk to half the moment and half its mean diagonal, up to a factor: gradients of a few hundred examples
         know little of the directions in which they are small. None where every output counts alike.
         """
-        return None if self.outputs is None else square_roots(self.outputs, ridge=1.0)
+        return None if self.outputs is None else weighing_roots(self.outputs, ridge=1.0)
 
     @cached_property
     def is_finite(self) -> tuple[bool, bool]:

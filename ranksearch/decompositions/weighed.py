@@ -17,7 +17,7 @@ from ranksearch.decompositions.matrices import (
     weighed_axes,
 )
 
-# The symmetric roots of what the outputs count, and their inverses, (groups, T / groups, T / groups).
+# R (groups, T / groups, T / groups), R^T R what the outputs count, and their inverses.
 Roots = tuple[Tensor, Tensor]
 
 
@@ -133,7 +133,7 @@ def weighed_directions(matrix: Tensor, seen: Tensor | None, output_roots: Roots 
         return directions, directions
     root, inverse_root = output_roots
     directions = principal_directions(_mix_outputs(root, matrix), seen)
-    return _mix_outputs(root, directions), _mix_outputs(inverse_root, directions)
+    return _mix_outputs(root.mT, directions), _mix_outputs(inverse_root, directions)
 
 
 def _mix_outputs(mixing: Tensor, matrix: Tensor) -> Tensor:
