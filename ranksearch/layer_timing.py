@@ -15,6 +15,7 @@ from ranksearch.device import timed_cores
 from ranksearch.finding import LayerInfo
 from ranksearch.latency import Call, compare, timed_call
 from ranksearch.layers import ConvSpec
+from ranksearch.memory import release_freed_memory
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import SharedTensors
 from ranksearch.runtimes import AbstractRuntime, AbstractSession
@@ -130,21 +131,24 @@ class PlanTimer:
 
     def __call__(self, plan: Plan) -> float:
         """The plan's latency ratio to dense."""
-        leaves = leaves_of(self.example)
-        shapes = [tuple(leaf.shape) for leaf in leaves]
+        shapes = [tuple(leaf.shape) for leaf in leaves_of(self.example)]
         place = repr(self.runtime.fingerprint(self.target)), repr(self.target), repr(self.model), repr(shapes)
         key = f"plan-{content_hash(*place, plan.hash())}"
         if (known := _figures(self.cache.get(key), 1)) is not None:
             return known[0]
-        limit = self.runtime.weight_limit(self.target)
-        model = rebuild(self.model, plan, limit, self.shared).eval()
-        arrays = structure_of(self.example).arrange([leaf.detach().cpu().numpy() for leaf in leaves])
+        ratio = self._ratio(plan)
+        # Models as large as the user's come and go.
+        release_freed_memory()
+        self.cache.put(key, json.dumps([ratio]).encode())
+        return ratio
+
+    def _ratio(self, plan: Plan) -> float:
+        model = rebuild(self.model, plan, self.runtime.weight_limit(self.target), self.shared).eval()
+        arrays = structure_of(self.example).arrange([leaf.detach().cpu().numpy() for leaf in leaves_of(self.example)])
         with timed_cores(self.target):
             sessions = (self.runtime.prepare(model, self.example, self.target), self.dense)
             calls = [timed_call(session, arrays, self.target) for session in sessions]
-            ratio = compare(*calls, **WITH_CARE).ratio
-        self.cache.put(key, json.dumps([ratio]).encode())
-        return ratio
+            return compare(*calls, **WITH_CARE).ratio
 
 
 def neighbourhood_example(info: LayerInfo) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, final
 import numpy as np
 from torch import Tensor, nn
 
+from ranksearch.batches import merged
 from ranksearch.compression import compress
 from ranksearch.factorisations import Factorisations
 from ranksearch.finding import WeightInfo
@@ -16,11 +17,9 @@ from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import CODE_LIMIT, SharedTensors, rounded_outputs, shared_tensors
 from ranksearch.replaying import Replay
 from ranksearch.scoring import output_distance
-from ranksearch.trees import concatenate, count_rows, first_examples, tensors
+from ranksearch.trees import count_rows, first_examples
 
 KL_BATCHES = 2
-# Batches of so few rows are judged together: models that large are read from memory longer than they compute.
-FEW_ROWS = 8
 
 
 class _Heard(BaseException):  # noqa: N818  no error, and none of what a model's own code may catch
@@ -46,7 +45,7 @@ class LossMeter:
         self._model = model
         self._shaping = calibration[:KL_BATCHES]
         judging = calibration[KL_BATCHES : 2 * KL_BATCHES] or calibration[:KL_BATCHES]
-        self._judging = _few_runs([inputs for inputs, _ in judging])
+        self._judging = list(merged(model, (inputs for inputs, _ in judging)))
         self._factorisations = factorisations
         self._loss = loss
         self._weight_limit = weight_limit
@@ -133,11 +132,3 @@ class Alone(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = self.get_submodule(self._name)(inputs)
         return outputs
-
-
-def _few_runs(batches: list[Any]) -> list[Any]:
-    """The batches, as one where they are small and of like shapes."""
-    shapes = {tuple(tensor.shape[1:] for tensor in tensors(inputs)) for inputs in batches}
-    n_rows = {len(tensor) if tensor.dim() else 0 for inputs in batches for tensor in tensors(inputs)}
-    are_small = all(0 < count <= FEW_ROWS for count in n_rows)
-    return [concatenate(batches)] if are_small and len(n_rows) == len(shapes) == 1 else batches

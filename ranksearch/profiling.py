@@ -1,7 +1,8 @@
 """Make the candidate table: predicted losses, set to scale by measured KLs, and latencies on the target."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,14 @@ REFERENCES = (0.1, 0.5, 0.9)
 MILDEST_BITS = 16
 
 TimeLayer = Callable[[LayerInfo, nn.Module, Sequence[LayerChoice]], LayerTimes]
-Timed = dict[tuple[LayerSpec, tuple[int, ...]], list[LayerChoice]]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Alike:
+    """What layers of equal spec and input shape share, which the first of them settles: the choices, their bytes."""
+
+    timed: list[LayerChoice] | None = None
+    n_bytes: dict[LayerChoice, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +49,7 @@ class ProfileMaker:
     """Makes the candidate table of a model. What is slow or noisy, `time_layer` and `time_plan`, is given.
 
     Embeddings are chosen bits alone, and are not timed: what looks rows up takes no time that bits would change.
-    Layers of equal spec and input shape share what is timed, which the first of them chooses.
+    Layers of equal spec and input shape share what is timed, which the first of them settles.
     """
 
     model: nn.Module
@@ -64,13 +72,13 @@ class ProfileMaker:
         """The table; the choices of `controls` and dense are never dropped from it."""
         kept = {name: {DENSE, *(plan.choice(name) for plan in controls)} for name in self.layers}
         layers = []
-        timed: Timed = {}
+        alike: dict[tuple[LayerSpec, tuple[int, ...]], _Alike] = defaultdict(_Alike)
         for name, info in self.layers.items():
             on_layer(name)
             found = (
                 self._embeddings(info, kept[name])
                 if isinstance(info, EmbeddingInfo)
-                else self._candidates(info, kept[name], timed)
+                else self._candidates(info, kept[name], alike[info.spec, info.input_shape])
             )
             layers.append(LayerProfile(name=name, candidates=found))
         on_layer("whole plans")
@@ -99,14 +107,13 @@ class ProfileMaker:
         """What the layer takes in a file."""
         return bytes_in_file(rebuild(nn.Sequential(layer), Plan(layers={"0": choice})))
 
-    def _candidates(self, info: LayerInfo, kept: set[LayerChoice], timed: Timed) -> tuple[Candidate, ...]:
-        alike = (info.spec, info.input_shape)
-        settled = timed.get(alike)
-        losses, rounding = self._losses(info, kept, settled)
+    def _candidates(self, info: LayerInfo, kept: set[LayerChoice], alike: _Alike) -> tuple[Candidate, ...]:
+        losses, rounding = self._losses(info, kept, alike.timed)
         layer = self.model.get_submodule(info.name)
-        worth_timing = _worth_timing(info, kept, losses) if settled is None else list(losses)
-        timed.setdefault(alike, worth_timing)
-        sizes = {choice: self._bytes(layer, choice) for choice in worth_timing}
+        worth_timing = _worth_timing(info, kept, losses) if alike.timed is None else list(losses)
+        alike.timed = alike.timed or worth_timing
+        sizes = alike.n_bytes
+        sizes.update({choice: self._bytes(layer, choice) for choice in worth_timing if choice not in sizes})
         stored = {(b.weight_bits, b.activation_bits) for b in self.bits(info.spec) if b.storage_only}
         ratios, dense_ms = self._times(info, layer, worth_timing, stored)
         columns: dict[Objective, Callable[[LayerChoice], float]] = {

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "ranksearch"
 FLOORS: dict[str, float] = {
     "disk": 0.5, "errors": 0, "goals": 0.5, "intervals": 0, "masking": 0, "memory": 0, "pace": 0, "pareto": 0,
     "reading": 0, "recovery_settings": 0.5, "retention": 0, "versions": 0,
-    "cache": 1, "evaluation": 1.5, "exposing": 1.5, "factored": 1, "figures": 1, "finding": 1.25, "inputs": 1.5,
-    "latency_model": 1, "layers": 1, "loss_model": 1, "plan": 1, "scores": 1.5, "spec": 1, "surgery": 1, "trees": 1,
-    "replaying": 1.5, "trial_facts": 1.5, "turns": 1,
+    "batches": 1.5, "cache": 1, "evaluation": 1.5, "exposing": 1.5, "factored": 1, "figures": 1, "finding": 1.25,
+    "inputs": 1.5, "latency_model": 1, "layers": 1, "loss_model": 1, "plan": 1, "replaying": 1.5, "scores": 1.5,
+    "spec": 1, "surgery": 1, "trees": 1, "trial_facts": 1.5, "turns": 1,
     "candidates": 2, "early_stopping": 2, "decompositions": 2, "device": 2, "home": 2, "load_example": 2, "machine": 2,
     "quantization": 2, "scoring": 2, "statistics": 2,
     "factorisations": 2.5, "home_records": 2.5, "refit": 2.5, "rounding": 2.5, "weights": 2.5,

@@ -84,9 +84,7 @@ def test_small_batches_are_judged_together() -> None:
     factorisations = Factorisations(model, collect(model, layers, batches, F.cross_entropy))
     together = LossMeter(model, batches, factorisations, F.cross_entropy)
     loss = together.of_plan(Plan(layers={"0": SVD}))
-    assert loss_meter._few_runs([batch for batch, _ in batches[2:]])[0].shape == (4, 5)
-    ragged = [torch.randn(2, 5), torch.randn(2, 6)]
-    assert loss_meter._few_runs(ragged) == ragged and len(loss_meter._few_runs([torch.randn(9, 5)] * 2)) == 2
+    assert len(together._judging) == 1
     apart = copy.copy(together)
     apart._judging = [inputs for inputs, _ in batches[2:]]
     apart._replay = Replay(model, apart._judging)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ranksearch.batches import merged
 from ranksearch.errors import StudyError
 from ranksearch.finding import LayerInfo
 from ranksearch.layers import call_model, evaluating
@@ -48,17 +49,18 @@ def collect(
     n_gradient = max_gradient_examples if loss is not None else 0
     generator = torch.Generator().manual_seed(seed)
     n_seen = 0
-    with evaluating(model), _hooked(model, collectors):
-        for inputs in first_examples(batches, max_examples):
-            n_rows = count_rows(inputs)
-            n_backward = max(0, min(n_rows, n_gradient - n_seen))
+    for inputs in merged(model, first_examples(batches, max_examples)):
+        n_rows = count_rows(inputs)
+        n_backward = max(0, min(n_rows, n_gradient - n_seen))
+        # Hooked anew each time: what is tried out in between is not listened to.
+        with evaluating(model), _hooked(model, collectors):
             if n_backward:
                 _backward(model, pick_rows(inputs, slice(n_backward)), collectors, n_seen, loss, generator)
             if n_backward < n_rows:
                 for collector in collectors.values():
                     collector.start(n_rows - n_backward, n_seen + n_backward, with_gradients=False)
                 call_model(model, pick_rows(inputs, slice(n_backward, None)))
-            n_seen += n_rows
+        n_seen += n_rows
     if n_seen == 0:
         raise StudyError("the calibration data yields no example")
     # Each collector goes as its result comes: together they would take the memory twice.

@@ -157,20 +157,23 @@ def _constant_address(source: Any) -> int | None:
 
 
 def _trace(flat: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
-    """The function's trace. A function, not a module: torch would script each submodule, which takes longest."""
+    """The graph of the function. A function, not a module: torch would script each submodule, which takes longest.
+
+    Not by torch.jit.trace, which keeps every function, with its weights, until the process ends.
+    """
     with warnings.catch_warnings(), torch.no_grad(), KnownOperators():
         # torch.jit is deprecated, but what replaces it takes seconds per model.
         warnings.simplefilter("ignore")
-        return cast(Any, torch.jit.trace)(flat, leaves, check_trace=False, strict=False)
+        return cast(Any, torch.jit)._get_trace_graph(flat, leaves, strict=False)[0]
 
 
-def _from_trace(traced: Any) -> Any:
+def _from_trace(graph: Any) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     frontend = FrontEndManager().load_by_framework("pytorch")
     # The front end calls back into the decoder, which Python must keep alive until the end.
-    decoder = TorchScriptPythonDecoder(traced)
+    decoder = TorchScriptPythonDecoder(None, graph, alias_db=graph.alias_db())
     try:
         return frontend.convert(frontend.load(decoder))
     except Exception as error:  # of openvino's own types, which derive from nothing narrower
