@@ -9,7 +9,7 @@ from ranksearch.layers import call_model, evaluating
 from ranksearch.trees import concatenate, count_rows, tensors
 
 # With so few numbers a large model is read from memory longer than it computes.
-FEW_NUMBERS = 1024
+FEW_NUMBERS = 256
 
 
 def merged(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
