@@ -123,7 +123,7 @@ def rebuild(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(PLACEHOLDER_SEED)
         built = {name: _placeholder(model.get_submodule(name), plan.choice(name)) for name in specs}
-    return _quantize(replace_modules(rebuilt, built), plan, weight_limit, shared or SharedTensors())
+    return _quantize(replace_modules(rebuilt, built), plan, weight_limit, shared or SharedTensors(), clips=False)
 
 
 def compress(
@@ -296,9 +296,11 @@ def _last_factors(built: Mapping[str, nn.Module], plan: Plan) -> dict[str, str]:
     }
 
 
-def _quantize(model: nn.Module, plan: Plan, weight_limit: int, shared: SharedTensors) -> nn.Module:
-    """The model with the factors of its 8-bit layers replaced, in place, by quantized modules."""
-    quantized = replace_modules(model, dict(_quantized_modules(model, plan, weight_limit)))
+def _quantize(
+    model: nn.Module, plan: Plan, weight_limit: int, shared: SharedTensors, *, clips: bool = True
+) -> nn.Module:
+    """The model with the factors of its rounded layers replaced, in place, by quantized modules."""
+    quantized = replace_modules(model, dict(_quantized_modules(model, plan, weight_limit, clips)))
     places = _recorded_places(plan) if plan.quantizers else _places(quantized, plan, shared)
     try:
         round_outputs(quantized, places.inputs, places.results)
@@ -337,12 +339,12 @@ def _find_shared(model: nn.Module, plan: Plan, calibration: Batches | None) -> S
     return shared_tensors(model, next(iter(first_examples(calibration, 1))))
 
 
-def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int) -> Iterator[tuple[str, nn.Module]]:
+def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int, clips: bool) -> Iterator[tuple[str, nn.Module]]:
     for layer, choice in plan.layers.items():
         if choice.weight_bits < 32:
             weights, rounds_inputs = weight_format(choice, weight_limit), choice.activation_bits == 8
             for path, module in _factor_modules(model.get_submodule(layer)).items():
-                quantized = quantize_module(module, weights, rounds_inputs=rounds_inputs)
+                quantized = quantize_module(module, weights, rounds_inputs=rounds_inputs, clips=clips)
                 yield _join(layer, path), _telling(quantized, quantized.spec)
 
 

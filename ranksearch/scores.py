@@ -1,6 +1,6 @@
 """Scores by name, for study scripts: of each example, or of a whole data set."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,6 +73,9 @@ def nll_per_token(outputs: Any, targets: Any) -> Tensor:
     return losses / n_tokens.clamp_min(1)
 
 
+cast(Any, nll_per_token).lower_is_better = True
+
+
 def _token_losses(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """Each example's summed negative log likelihood, (N,), and the number of its tokens, (N,)."""
     logits, tokens = torch.as_tensor(outputs).float(), torch.as_tensor(targets)
@@ -85,7 +88,7 @@ def _perplexity(losses: Tensor, n_tokens: Tensor) -> float:
     return float((losses.sum() / n_tokens.sum()).exp())
 
 
-perplexity = corpus_score(_perplexity, _token_losses)
+perplexity = corpus_score(_perplexity, _token_losses, lower_is_better=True)
 
 
 def _f1_of_classes(chosen: Tensor, labels: Tensor, n_classes: int) -> Tensor:

@@ -198,18 +198,23 @@ class CorpusScore:
 
     function: Callable[[Any, Any], float]
     reduce: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    lower_is_better: bool = False
 
 
 def corpus_score(
-    function: Callable[[Any, Any], float], reduce: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    function: Callable[[Any, Any], float],
+    reduce: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+    *,
+    lower_is_better: bool = False,
 ) -> CorpusScore:
     """Marks `function(all outputs, all targets) -> float` as a score of the whole data set.
 
     `reduce` (outputs, targets) -> (outputs, targets) goes over each batch first, and only what it gives is kept: less
     of each example, as its loss instead of its logits, or one row for several, as the cosine of two sentences. The
-    interval is by bootstrap over the rows that it gives.
+    interval is by bootstrap over the rows that it gives. A score that is `lower_is_better` is refused by a study that
+    takes it for the other kind.
     """
-    return CorpusScore(function, reduce)
+    return CorpusScore(function, reduce, lower_is_better)
 
 
 Score = Callable[..., Any] | CorpusScore
@@ -240,6 +245,8 @@ class StudySpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "objectives", tuple(self.objectives))
         _check_name(self.name)
+        if self.higher_is_better and getattr(self.score, "lower_is_better", False):
+            raise StudyError(f"study {self.name!r}: of its score lower is better: give higher_is_better=False")
         unknown = [o for o in self.objectives if o not in OBJECTIVES]
         if unknown or len(self.objectives) < 2 or len(set(self.objectives)) != len(self.objectives):
             raise StudyError(f"objectives {self.objectives} must be two or three different ones out of {OBJECTIVES}")

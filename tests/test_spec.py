@@ -11,6 +11,7 @@ import pytest
 from ranksearch.errors import StudyError
 from ranksearch.goals import Limit, parse_drop, parse_latency, parse_size
 from ranksearch.recovery_settings import Recovery
+from ranksearch.scores import nll_per_token, perplexity
 from ranksearch.spec import CorpusScore, Goals, Space, StudySpec, Target, corpus_score, load_study
 
 SCRIPT = """
@@ -180,6 +181,13 @@ def test_a_study_with_defaults() -> None:
     study = study_with(objectives=["drop", "latency"], name="ResNet-20 v1.0")
     assert study.objectives == ("drop", "latency")
     assert study.target.runtime == "openvino"
+
+
+@pytest.mark.parametrize("score", [perplexity, nll_per_token], ids=["perplexity", "nll_per_token"])
+def test_a_score_of_which_lower_is_better_must_be_called_so(score: Any) -> None:
+    with pytest.raises(StudyError, match="higher_is_better=False"):
+        study_with(score=score)
+    assert not study_with(score=score, higher_is_better=False).higher_is_better
 
 
 def test_a_score_may_be_of_the_corpus() -> None:

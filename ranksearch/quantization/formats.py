@@ -8,6 +8,7 @@ from torch import Tensor
 # Weight codes are -127..127; activation codes 0..255.
 CODE_LIMIT = 127
 ACTIVATION_LEVELS = 255
+N_CLIPPINGS = 21
 # Below this a weight is zero: its step would not be a normal float32.
 SMALLEST_WEIGHT = 1e-30
 
@@ -25,11 +26,11 @@ def weight_codes(weight: Tensor, scale: Tensor, limit: int = CODE_LIMIT) -> Tens
     return codes.clamp(-limit, limit).to(torch.int8)
 
 
-def weight_scale(weight: Tensor, limit: int = CODE_LIMIT, n_clippings: int = 21) -> Tensor:
+def weight_scale(weight: Tensor, limit: int = CODE_LIMIT, n_clippings: int = N_CLIPPINGS) -> Tensor:
     """The step of each output channel (T,) that rounds `weight` (T, ...) with the least squared error.
 
-    Tries clippings from 40 % to all of the channel's largest weight. Always positive: a channel of zeros takes
-    the largest step of the others, since kernels with a step of zero do not run in int8.
+    Tries clippings from 40 % to all of the channel's largest weight, a single one being all. Always positive: a
+    channel of zeros takes the largest step of the others, since kernels with a step of zero do not run in int8.
     """
     # numpy: many short steps, for which torch's threads wait longer than they work.
     rows = weight.detach().float().flatten(1).cpu().numpy()

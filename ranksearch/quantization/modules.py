@@ -87,6 +87,7 @@ class _Rounded(nn.Module):
         weight_format: WeightFormat,
         *,
         rounds_inputs: bool,
+        clips: bool,
     ) -> None:
         super().__init__()
         spec = weight_spec(layer)
@@ -96,7 +97,7 @@ class _Rounded(nn.Module):
         bias = layer._parameters.get("bias")
         copied = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
         self.register_parameter("bias", copied)
-        grid = weight_format.fit(layer.weight)
+        grid = weight_format.fit(layer.weight, clips=clips)
         self.register_buffer("weight_scale", grid.scale)
         # A zero point that all weights of the format share is in no file.
         is_own = weight_format.pack_grid(grid).zero_point is not None
@@ -138,8 +139,10 @@ class _RoundedConvolution(_Rounded):
 
     spec: ConvSpec
 
-    def __init__(self, layer: nn.Conv1d | nn.Conv2d, weight_format: WeightFormat, *, rounds_inputs: bool) -> None:
-        super().__init__(layer, weight_format, rounds_inputs=rounds_inputs)
+    def __init__(
+        self, layer: nn.Conv1d | nn.Conv2d, weight_format: WeightFormat, *, rounds_inputs: bool, clips: bool
+    ) -> None:
+        super().__init__(layer, weight_format, rounds_inputs=rounds_inputs, clips=clips)
         padding: Any = layer.padding if layer.padding_mode == "zeros" else 0
         self.settings: dict[str, Any] = {
             "stride": layer.stride,
@@ -194,18 +197,19 @@ _QUANTIZED: dict[type[nn.Module], Callable[..., QuantizedModule]] = {
 
 
 def quantize_module(
-    module: nn.Module, weight_format: WeightFormat | None = None, *, rounds_inputs: bool = True
+    module: nn.Module, weight_format: WeightFormat | None = None, *, rounds_inputs: bool = True, clips: bool = True
 ) -> QuantizedModule:
     """The counterpart of a plain nn.Conv1d, nn.Conv2d, nn.Linear or nn.Embedding with a copy of its weights, rounded.
 
     The format is int8 unless given. What is frozen stays so. The input's range is a placeholder until observe_ranges;
-    an embedding, whose inputs are indices, rounds none. Raises TypeError for any other module.
+    an embedding, whose inputs are indices, rounds none. Without `clips` the weights' grid covers all of them, quickly.
+    Raises TypeError for any other module.
     """
     quantized = _QUANTIZED.get(type(module))
     if quantized is None:
         known = ", ".join(f"nn.{kind.__name__}" for kind in _QUANTIZED)
         raise TypeError(f"{type(module).__name__} cannot be quantized; only {known} can")
-    return quantized(module, weight_format or Int8(), rounds_inputs=rounds_inputs).train(module.training)
+    return quantized(module, weight_format or Int8(), rounds_inputs=rounds_inputs, clips=clips).train(module.training)
 
 
 def round_outputs(model: nn.Module, inputs: Mapping[str, str], results: Mapping[str, str]) -> None:

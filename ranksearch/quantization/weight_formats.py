@@ -4,6 +4,7 @@ A weight is (T, ...), outputs first. Its grid is what its rounding is fitted to:
 """
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, final
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ranksearch.quantization.formats import CODE_LIMIT, per_channel, weight_codes, weight_scale
+from ranksearch.quantization.formats import CODE_LIMIT, N_CLIPPINGS, per_channel, weight_codes, weight_scale
 
 Floats = NDArray[np.float32]
 
@@ -51,8 +52,8 @@ class WeightFormat(abc.ABC):
         """The type of the packed weight."""
 
     @abc.abstractmethod
-    def fit(self, weight: Tensor) -> Grid:
-        """The grid that rounds `weight` with the least squared error."""
+    def fit(self, weight: Tensor, *, clips: bool = True) -> Grid:
+        """The grid that rounds `weight` with the least squared error; without `clips`, quickly, one that covers it."""
 
     @abc.abstractmethod
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
@@ -87,7 +88,7 @@ class Half(WeightFormat):
     bits: ClassVar[int] = 16
     dtype: torch.dtype = torch.float16
 
-    def fit(self, weight: Tensor) -> Grid:
+    def fit(self, weight: Tensor, *, clips: bool = True) -> Grid:
         return Grid()
 
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
@@ -117,8 +118,8 @@ class Int8(WeightFormat):
     def dtype(self) -> torch.dtype:
         return torch.int8
 
-    def fit(self, weight: Tensor) -> Grid:
-        return self.unpack_grid(Grid(scale=weight_scale(weight, self.limit)), weight.shape)
+    def fit(self, weight: Tensor, *, clips: bool = True) -> Grid:
+        return self.unpack_grid(Grid(scale=weight_scale(weight, self.limit, N_CLIPPINGS if clips else 1)), weight.shape)
 
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
         scale = _known(grid.scale)
@@ -166,10 +167,11 @@ class Int4(WeightFormat):
     def dtype(self) -> torch.dtype:
         return torch.uint8
 
-    def fit(self, weight: Tensor) -> Grid:
+    def fit(self, weight: Tensor, *, clips: bool = True) -> Grid:
         # numpy: many short steps, for which torch's threads wait longer than they work.
         groups = self._grouped(weight.detach().float()).cpu().numpy()
-        scale, zero = _best_affine(groups) if self.scheme == "affine" else _best_symmetric(groups)
+        best, clippings = _best_affine if self.scheme == "affine" else _best_symmetric, CLIPPINGS if clips else (1.0,)
+        scale, zero = best(groups, clippings)
         shape = len(weight), -1
         return Grid(
             scale=torch.from_numpy(scale).reshape(shape).to(weight.device),
@@ -234,20 +236,20 @@ def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     return torch.stack([packed & (N_LEVELS - 1), packed >> 4], dim=1).flatten()[:count]
 
 
-def _best_symmetric(groups: Floats) -> tuple[Floats, NDArray[np.int32]]:
+def _best_symmetric(groups: Floats, clippings: Sequence[float]) -> tuple[Floats, NDArray[np.int32]]:
     """Steps and zero points (n,) of `groups` (n, m): codes -8..7 around the middle."""
     reach = np.abs(groups).max(1)
     zero = np.full(len(groups), SYMMETRIC_ZERO, dtype=np.int32)
     # A largest value at -8 instead of 7 costs no clipping where it is negative, and a little where it is not.
-    tried = [(_steps(reach * clipping / 7.0), zero) for clipping in CLIPPINGS]
+    tried = [(_steps(reach * clipping / 7.0), zero) for clipping in clippings]
     return _least_error(groups, tried)
 
 
-def _best_affine(groups: Floats) -> tuple[Floats, NDArray[np.int32]]:
+def _best_affine(groups: Floats, clippings: Sequence[float]) -> tuple[Floats, NDArray[np.int32]]:
     """Steps and zero points (n,) of `groups` (n, m): each covers its own range, and zero exactly."""
     low, high = np.minimum(groups.min(1), 0.0), np.maximum(groups.max(1), 0.0)
     tried = []
-    for clipping in CLIPPINGS:
+    for clipping in clippings:
         step = _steps((high - low) * clipping / (N_LEVELS - 1))
         exact = -low * clipping / step
         tried += [
