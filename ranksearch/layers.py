@@ -159,10 +159,12 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            yield model.eval()
+            yield model.eval() if any(modes.values()) else model
     finally:
         for module, training in modes.items():
-            module.training = training
+            # Setting an attribute of a module takes ten times as long as reading it.
+            if module.training != training:
+                module.training = training
 
 
 def count_macs(model: nn.Module, example: Any) -> int:

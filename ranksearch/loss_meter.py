@@ -1,7 +1,8 @@
 """What plans lose, measured: the distance of the outputs to dense on calibration batches that did not shape them."""
 
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from typing import Any, final
 
 import numpy as np
@@ -11,7 +12,7 @@ from ranksearch.batches import merged
 from ranksearch.compression import compress
 from ranksearch.factorisations import Factorisations
 from ranksearch.finding import WeightInfo
-from ranksearch.layers import call_model, evaluating, first_argument
+from ranksearch.layers import call_model, evaluating, first_argument, weight_spec
 from ranksearch.loss_model import SMALLEST_LOSS
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import CODE_LIMIT, SharedTensors, rounded_outputs, shared_tensors
@@ -20,15 +21,13 @@ from ranksearch.scoring import output_distance
 from ranksearch.trees import count_rows, first_examples
 
 KL_BATCHES = 2
-
-
-class _Heard(BaseException):  # noqa: N818  no error, and none of what a model's own code may catch
-    """A layer's input was heard; what comes behind it need not run."""
+# What is kept of the layers' inputs; those of the others are taken when asked for.
+MAX_READ_BYTES = 1 << 28
 
 
 @final
 class LossMeter:
-    """Measures losses in nats, always positive; keeps dense's outputs, and what the layer last asked for reads.
+    """Measures losses in nats, always positive; keeps dense's outputs, and what layers read.
 
     Two calibration batches shape a plan's factors, the next two judge it; with too few batches, the same.
     """
@@ -43,15 +42,16 @@ class LossMeter:
         weight_limit: int = CODE_LIMIT,
     ) -> None:
         self._model = model
-        self._shaping = calibration[:KL_BATCHES]
         judging = calibration[KL_BATCHES : 2 * KL_BATCHES] or calibration[:KL_BATCHES]
+        self._shaping = [(inputs, None) for inputs in merged(model, (inputs for inputs, _ in calibration[:KL_BATCHES]))]
         self._judging = list(merged(model, (inputs for inputs, _ in judging)))
         self._factorisations = factorisations
         self._loss = loss
         self._weight_limit = weight_limit
         self._shared = shared_tensors(model, next(iter(first_examples(calibration, 1))))
         self._replay = Replay(model, self._judging)
-        self._read: tuple[str, list[tuple[Tensor, None]] | None] = "", None
+        self._read = self._listen({name for name, module in model.named_modules() if name and weight_spec(module)})
+        self._last_read: dict[str, list[Tensor]] = {}
 
     def of_plan(self, plan: Plan) -> float:
         """The distance of the outputs under the plan to dense."""
@@ -86,28 +86,39 @@ class LossMeter:
 
     def _what_it_reads(self, info: WeightInfo) -> list[tuple[Tensor, None]] | None:
         """The layer's inputs, batch by batch; None where they are not one row for each example."""
-        if self._read[0] != info.name:
-            self._read = info.name, self._listen(info) if info.name and info.n_calls == 1 else None
-        return self._read[1]
-
-    def _listen(self, info: WeightInfo) -> list[tuple[Tensor, None]] | None:
-        heard: list[Tensor] = []
-
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            # What is done in place later is none of its input.
-            heard.append(first_argument(arguments, named).detach().clone())
-            raise _Heard
-
-        handle = self._model.get_submodule(info.name).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with evaluating(self._model):
-                for inputs, _ in self._shaping:
-                    with suppress(_Heard):
-                        call_model(self._model, inputs)
-        finally:
-            handle.remove()
+        if not info.name or info.n_calls != 1:
+            return None
+        if info.name not in self._read | self._last_read:
+            self._last_read = self._listen({info.name}, max_bytes=sys.maxsize)
         n_rows = [count_rows(inputs) for inputs, _ in self._shaping]
-        return [(tensor, None) for tensor in heard] if [len(tensor) for tensor in heard] == n_rows else None
+        read = (self._read | self._last_read)[info.name]
+        return [(tensor, None) for tensor in read] if [len(tensor) for tensor in read] == n_rows else None
+
+    def _listen(self, names: set[str], max_bytes: int = MAX_READ_BYTES) -> dict[str, list[Tensor]]:
+        """What the layers of these names are given, batch by batch; without those for which `max_bytes` do not do."""
+        heard: dict[str, list[Tensor]] = {name: [] for name in names}
+        left = max_bytes
+
+        def listener(name: str) -> Any:
+            def hook(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+                nonlocal left
+                given = first_argument(arguments, named).detach()
+                left -= given.numel() * given.element_size()
+                if left < 0:
+                    heard.pop(name, None)
+                elif name in heard:
+                    # What is done in place later is none of its input.
+                    heard[name].append(given.clone())
+
+            return hook
+
+        with ExitStack() as stack, evaluating(self._model):
+            for name in names:
+                layer = self._model.get_submodule(name)
+                stack.callback(layer.register_forward_pre_hook(listener(name), with_kwargs=True).remove)
+            for inputs, _ in self._shaping:
+                call_model(self._model, inputs)
+        return heard
 
     def _distance(self, outputs: Sequence[Any]) -> float:
         pairs = zip(outputs, self._replay.outputs, strict=True)

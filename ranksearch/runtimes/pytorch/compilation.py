@@ -3,8 +3,11 @@
 import itertools
 import os
 import shutil
+import sys
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, final
 
@@ -51,7 +54,10 @@ class Compiled:
         self.parts: set[str] = set()
         self._module = module
         self._compiling = False
-        self._call = torch.compile(_alone(module), backend=self._backend, dynamic=False)
+        alone = _alone(module)
+        self._call = torch.compile(alone, backend=_weakly(self._backend), dynamic=False)
+        # What dynamo keeps of a function refers to itself where no garbage collection sees it.
+        weakref.finalize(self, torch._C._dynamo.eval_frame.reset_code, alone.__code__).atexit = False
 
     def compile(self, tensors: Any) -> None:
         """Compiles for these tensors, and runs once. Raises MeasurementError where inductor cannot."""
@@ -60,7 +66,7 @@ class Compiled:
         self._compiling = True
         try:
             # Dynamo reads it too, so as an option of torch.compile it would not freeze.
-            with inductor_config.patch(freezing=True), warnings.catch_warnings():
+            with inductor_config.patch(freezing=True), _forgetting_modules(), warnings.catch_warnings():
                 # Its advice is to give up the precision that the target asks for.
                 warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
                 self._call(tensors)
@@ -94,7 +100,34 @@ class Compiled:
         return compiled
 
 
-def _alone(module: nn.Module) -> Callable[[Any], Any]:
+def _weakly(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """The backend of an object that need not live for it: dynamo never forgets a backend."""
+    reference = weakref.WeakMethod(backend)
+
+    def call(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        method = reference()
+        assert method is not None, "its object is being called"
+        compiled: Callable[..., Any] = method(graph, inputs)
+        return compiled
+
+    return call
+
+
+@contextmanager
+def _forgetting_modules() -> Iterator[None]:
+    """While open, modules that inductor writes are kept by what calls them alone, and the frozen weights they hold."""
+    from torch._inductor.codecache import PyCodeCache
+
+    n_known = len(PyCodeCache.modules)
+    try:
+        yield
+    finally:
+        for module in PyCodeCache.modules[n_known:]:
+            sys.modules.pop(module.__name__, None)
+        del PyCodeCache.modules[n_known:]
+
+
+def _alone(module: nn.Module) -> FunctionType:
     """A function that calls the module, with a code object of its own.
 
     Dynamo keeps what it compiled by code object, which modules of one class share; after eight it would silently
