@@ -10,7 +10,7 @@ import stat
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cache:
-    """Entries under `directory`, the least recently used dropped beyond `max_bytes`.
+    """Entries under `directory`, the least recently used dropped beyond `max_bytes`, or up to a sixteenth later.
 
     A cache that cannot be read or written costs time, never a result: its errors end here, with one warning.
     """
 
     directory: Path
     max_bytes: int = DEFAULT_MAX_BYTES
+    # How many bytes may be put until all files are looked at again; of thousands that takes longer than the writing.
+    _unlooked: list[int] = field(default_factory=lambda: [0], init=False, repr=False, compare=False)
 
     def get(self, key: str) -> bytes | None:
         """What was put under `key`, or None; each entry carries its own checksum, so a damaged one is None."""
@@ -93,7 +95,10 @@ class Cache:
         """Keeps `content` under `key`."""
         try:
             write_atomically(self.directory / key, hashlib.sha256(content).digest() + content)
-            self._evict()
+            self._unlooked[0] -= len(content)
+            if self._unlooked[0] < 0:
+                self._evict()
+                self._unlooked[0] = self.max_bytes // 16
         except OSError as error:
             _warn_once(self.directory.parent, error.strerror or str(error))
 

@@ -38,6 +38,17 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a", "c", "d"}
 
 
+def test_a_sixteenth_is_put_between_two_looks_at_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: looks.append(path) or iterdir(path))
+    cache = Cache(directory=tmp_path, max_bytes=16 * 100)
+    for number in range(300):
+        cache.put(str(number), bytes(10))
+    assert len(looks) == 1 + 299 // 11
+    assert sum(path.stat().st_size for path in iterdir(tmp_path)) <= 16 * 100 + 11 * (32 + 10)
+
+
 def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = Cache(directory=tmp_path / "file")
