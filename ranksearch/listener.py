@@ -304,7 +304,7 @@ def _description(bench: Workbench, session: Session) -> str:
     )
     return (
         f"# {spec.name}\n\n"
-        f"Dense: score {dense.scores.value:.4f} on {dense.scores.n_examples} validation examples, "
+        f"Dense: score {dense.scores.value:.4f} on {dense.scores.n_judged} validation examples, "
         f"{session.dense_latency_ms:.3f} ms, {dense.model_bytes:,} bytes.\n\n"
         f"Target: {spec.target.runtime} on {spec.target.device}, batch {spec.target.batch_size}, "
         f"precision {spec.target.precision}; noise floor ±{session.noise_floor:.1%}.\n\n"

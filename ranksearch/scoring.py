@@ -38,6 +38,11 @@ class Scores:
     targets: Any
     corpus: tuple[Any, Any] | None = None
 
+    @property
+    def n_judged(self) -> int:
+        """How many the score is made of: of sentences that are judged in pairs, the pairs."""
+        return self.n_examples if self.corpus is None else count_rows(self.corpus[0]) or self.n_examples
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drop:

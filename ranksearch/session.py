@@ -206,7 +206,7 @@ def _begin(bench: Workbench, home: StudyHome, profile: Profile, latency_ms: floa
         },
         "data": {
             "calibration": sum(count_rows(inputs) for inputs, _ in bench.calibration),
-            "validation": bench.dense.scores.n_examples,
+            "validation": bench.dense.scores.n_judged,
             "test": bench.data.test is not None,
         },
         "versions": package_versions(),

@@ -49,7 +49,7 @@ def estimate(study: StudySpec) -> TrialCost:
     others = sum(duration for step, duration in seconds.items() if step != "fine_tune")
     return TrialCost(
         dense_score=bench.dense.scores.value,
-        n_validation=bench.dense.scores.n_examples,
+        n_validation=bench.dense.scores.n_judged,
         dense_latency_ms=latency_ms,
         noise_floor=noise_floor,
         n_layers=len(bench.found.all),

@@ -61,6 +61,7 @@ def test_pairs_are_scored_and_resampled_as_pairs() -> None:
     batches = pairs_of(40)
     rows, targets = (torch.cat(column) for column in zip(*batches, strict=True))
     dense = score_model(nn.Identity(), batches, rs.pair_spearman)
+    assert dense.n_examples == 2 * dense.n_judged, "two sentences are a pair"
     expected = spearmanr(F.cosine_similarity(rows[0::2], rows[1::2]), targets).statistic
     assert dense.value == pytest.approx(expected) and dense.n_examples == 80
     assert dense.corpus is not None and [len(part) for part in dense.corpus] == [40, 40]
