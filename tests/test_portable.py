@@ -133,6 +133,26 @@ def test_a_batch_that_is_baked_in_is_told(name: str, n_rows: int | None, tmp_pat
     assert written.path.is_file() and written.takes == "the example's batch"
 
 
+class Gathered(nn.Module):
+    """Takes whatever it is given, as a wrapper does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        return self.layer(sum(inputs) + sum(named.values()))
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", "pt2"])
+@pytest.mark.parametrize("kind", ["one", "two", "named"])
+def test_a_forward_that_gathers_its_inputs_is_written_for_any_batch(name: str, kind: str, tmp_path: Path) -> None:
+    one, other = torch.randn(6, 8), torch.randn(6, 8)
+    inputs = {"one": one, "two": (one, other), "named": {"first": one, "second": other}}[kind]
+    (written,) = write_portable(Gathered().eval(), inputs, tmp_path, [name])
+    assert written.takes == "any batch"
+
+
 class Text(nn.Module):
     """Tokens and their mask to an output for each token and one for each text, of up to 16 tokens."""
 

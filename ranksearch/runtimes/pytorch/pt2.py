@@ -1,9 +1,10 @@
 """Torch programs on disk, by torch.export, and the names of the layers in them."""
 
+import inspect
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,6 +62,7 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, axes: Fre
     sizes: dict[str, Any] = {BATCH: torch.export.Dim(BATCH, min=1), LENGTH: torch.export.Dim.AUTO}
     free = [{axis: sizes[name] for axis, name in of.items()} or None for of in axes.of(leaves)]
     shapes: Any = dict(zip(inputs.names, free, strict=True)) if named else tuple(free)
+    _spell_out(module, list(named or [f"input_{i}" for i in range(len(leaves))]))
     try:
         with torch.no_grad():
             program = torch.export.export(
@@ -71,6 +73,23 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, axes: Fre
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
     _save(program, path)
+
+
+def _spell_out(module: nn.Module, names: list[str]) -> None:
+    """Has `forward` (in place) tell the names of what it gathers as `*inputs` or `**named`.
+
+    Of neither torch.export knows how to free an axis.
+    """
+    gathering = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    forward = module.forward
+    if any(parameter.kind in gathering for parameter in inspect.signature(forward).parameters.values()):
+
+        def spelled_out(*inputs: Any, **named: Any) -> Any:
+            return forward(*inputs, **named)
+
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        cast(Any, spelled_out).__signature__ = inspect.Signature(parameters)
+        module.forward = spelled_out
 
 
 def _save(program: ExportedProgram, path: Path) -> None:
