@@ -58,6 +58,18 @@ def test_a_layer_alone_loses_what_the_model_loses(name: str, choice: LayerChoice
     assert all(torch.equal(tensor, before[key]) for key, tensor in meter._model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["stem.0", "block", "head"])
+def test_what_does_not_fit_the_memory_is_read_when_asked_for(
+    name: str, meter: LossMeter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = compressible_layers(meter._model, torch.randn(2, 2, 6, 6)).layers[name]
+    forgetful = copy.copy(meter)
+    monkeypatch.setattr(forgetful, "_read", meter._listen({name}, max_bytes=0))
+    assert not forgetful._read
+    assert forgetful.of_layer(info, SVD) == meter.of_layer(info, SVD)
+    assert list(forgetful._last_read) == [name]
+
+
 def test_the_rest_of_the_model_is_neither_copied_nor_compressed(
     meter: LossMeter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,3 +199,14 @@ def test_data_must_be_the_same_twice():
 
     with pytest.raises(StudyError, match="test data differs between two passes, first in batch 1"):
         same_twice(Noisy(), "test")
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_distance_of_values_is_a_share_of_their_variance_at_any_scale(scale: float, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    dense, change = (torch.randn(40, 7, generator=random, dtype=torch.float64) for _ in range(2))
+    outputs = dense + 0.01 * change
+    wanted = 1e-4 * float(change.square().mean() / (dense - dense.mean(0)).square().mean())
+    found = output_distance((scale * outputs).to(dtype), (scale * dense).to(dtype), F.mse_loss)
+    assert found == pytest.approx(wanted, rel=1e-4)
