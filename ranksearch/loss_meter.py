@@ -88,10 +88,10 @@ class LossMeter:
         """The layer's inputs, batch by batch; None where they are not one row for each example."""
         if not info.name or info.n_calls != 1:
             return None
-        if info.name not in self._read | self._last_read:
-            self._last_read = self._listen({info.name}, max_bytes=sys.maxsize)
-        n_rows = [count_rows(inputs) for inputs, _ in self._shaping]
-        read = (self._read | self._last_read)[info.name]
+        known = self._read if info.name in self._read else self._last_read
+        if info.name not in known:
+            known = self._last_read = self._listen({info.name}, max_bytes=sys.maxsize)
+        read, n_rows = known[info.name], [count_rows(inputs) for inputs, _ in self._shaping]
         return [(tensor, None) for tensor in read] if [len(tensor) for tensor in read] == n_rows else None
 
     def _listen(self, names: set[str], max_bytes: int = MAX_READ_BYTES) -> dict[str, list[Tensor]]:
@@ -103,10 +103,11 @@ class LossMeter:
             def hook(_module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
                 nonlocal left
                 given = first_argument(arguments, named).detach()
-                left -= given.numel() * given.element_size()
-                if left < 0:
+                size = given.numel() * given.element_size()
+                if size > left:
                     heard.pop(name, None)
                 elif name in heard:
+                    left -= size
                     # What is done in place later is none of its input.
                     heard[name].append(given.clone())
 

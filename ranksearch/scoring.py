@@ -28,7 +28,8 @@ class Scores:
 
     `per_example` is (n_examples,) where the score is one number per example. `outputs` and `targets` hold all
     examples in order; None where batches cannot be put together, or outputs would take more than the memory allowed.
-    `corpus` are the outputs and targets that a corpus score is of, reduced where it reduces them.
+    `corpus` are the outputs and targets that a corpus score is of, reduced where it reduces them. `n_judged` is how
+    many the score is made of: the examples, or of sentences that are judged in pairs the pairs.
     """
 
     value: float
@@ -36,12 +37,8 @@ class Scores:
     n_examples: int
     outputs: Any
     targets: Any
+    n_judged: int
     corpus: tuple[Any, Any] | None = None
-
-    @property
-    def n_judged(self) -> int:
-        """How many the score is made of: of sentences that are judged in pairs, the pairs."""
-        return self.n_examples if self.corpus is None else count_rows(self.corpus[0]) or self.n_examples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +108,7 @@ def score_model(
         n_examples=n_examples,
         outputs=together[0],
         targets=together[1],
+        n_judged=count_rows(corpus[0]) if reduced else n_examples,
         corpus=corpus if kind == "corpus" else None,
     )
 
@@ -256,8 +254,7 @@ def _corpus_interval(
         dense_value = float(score.function(pick(dense_outputs, rows), targets))
         return dense_value, sign * (dense_value - float(score.function(pick(plan_outputs, rows), targets)))
 
-    n_rows = dense.n_examples if score.reduce is None else count_rows(dense_outputs)
-    return bootstrap_interval(both, n_rows, seed)
+    return bootstrap_interval(both, dense.n_judged, seed)
 
 
 def _share_of_variance(outputs: Tensor, dense_outputs: Tensor) -> float:

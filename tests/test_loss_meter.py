@@ -59,15 +59,18 @@ def test_a_layer_alone_loses_what_the_model_loses(name: str, choice: LayerChoice
 
 
 @pytest.mark.parametrize("name", ["stem.0", "block", "head"])
-def test_what_does_not_fit_the_memory_is_read_when_asked_for(
-    name: str, meter: LossMeter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_the_memory_is_read_when_asked_for(name: str, meter: LossMeter) -> None:
     info = compressible_layers(meter._model, torch.randn(2, 2, 6, 6)).layers[name]
     forgetful = copy.copy(meter)
-    monkeypatch.setattr(forgetful, "_read", meter._listen({name}, max_bytes=0))
+    forgetful._read = meter._listen({name}, max_bytes=0)
     assert not forgetful._read
     assert forgetful.of_layer(info, SVD) == meter.of_layer(info, SVD)
     assert list(forgetful._last_read) == [name]
+
+
+def test_a_layer_too_large_to_keep_leaves_room_for_the_others(meter: LossMeter) -> None:
+    head = 2 * 24 * 8 * 4  # batches, rows, inputs, bytes
+    assert list(meter._listen({"stem.0", "block", "head"}, max_bytes=head)) == ["head"]
 
 
 def test_the_rest_of_the_model_is_neither_copied_nor_compressed(

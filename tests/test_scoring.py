@@ -31,7 +31,10 @@ def batches_of(n: int = 10, size: int = 4, seed: int = 0):
 
 def scores_of(values) -> Scores:
     values = np.asarray(values, dtype=np.float64)
-    return Scores(value=float(values.mean()), per_example=values, n_examples=len(values), outputs=None, targets=None)
+    return Scores(
+        value=float(values.mean()), per_example=values, n_examples=len(values), n_judged=len(values), outputs=None,
+        targets=None,
+    )  # fmt: skip
 
 
 def correlation(outputs, targets) -> float:
@@ -210,3 +213,11 @@ def test_the_distance_of_values_is_a_share_of_their_variance_at_any_scale(scale:
     wanted = 1e-4 * float(change.square().mean() / (dense - dense.mean(0)).square().mean())
     found = output_distance((scale * outputs).to(dtype), (scale * dense).to(dtype), F.mse_loss)
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_detections_are_judged_by_the_image_however_many_they_are() -> None:
+    images = [(torch.randn(2, 3), torch.zeros(2)) for _ in range(3)]
+    found = score_model(
+        lambda inputs: [{"boxes": torch.randn(5, 4)} for _ in inputs], images, corpus_score(lambda *_: 0.5)
+    )
+    assert found.n_examples == found.n_judged == 6
