@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from standins import Conv1D, as_image, as_linear
 from torch import Tensor, nn
 
+from ranksearch.cache import cache_directory
 from ranksearch.errors import StudyError
 from ranksearch.finding import LayerInfo, compressible_layers
 from ranksearch.layers import layer_spec
@@ -448,3 +449,37 @@ def test_errors_say_what_is_wrong():
     inputs[0, 0, 0, 0] = float("nan")
     with pytest.raises(StudyError, match="layer '0'.*not all finite"):
         collect(model, layers, batches_of(inputs, 4), None)
+
+
+class EarlyAndLate(nn.Module):
+    """Two outputs, of which the first does not depend on the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        early = self.second(F.relu(self.first(x)))
+        return early, self.third(F.relu(early))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)), F.cross_entropy),
+        (EarlyAndLate(), lambda outputs, targets: outputs[1].sum()),
+    ],
+)
+def test_layers_that_do_not_fit_the_memory_together_take_a_pass_each(model: nn.Module, loss: Any) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(3)]
+    layers = compressible_layers(model.eval(), batches[0][0]).layers
+    at_once = collect(model, layers, batches, loss)
+    in_turn = collect(model, layers, batches, loss, moment_bytes=8 * (8**2 + 6**2))
+    assert list(in_turn) == list(at_once)
+    for name, known in at_once.items():
+        for field in dataclasses.fields(known):
+            one, other = getattr(known, field.name), getattr(in_turn[name], field.name)
+            assert one is not None, (name, field.name)
+            assert torch.equal(one, other), (name, field.name)
+    assert not list(cache_directory().glob("statistics-*")), "the file goes with the last tensor"

@@ -15,7 +15,8 @@ from ranksearch.errors import StudyError
 from ranksearch.finding import LayerInfo
 from ranksearch.layers import call_model, evaluating
 from ranksearch.spec import Batches
-from ranksearch.statistics.collector import Collector
+from ranksearch.statistics.collector import Collector, count_moment_bytes
+from ranksearch.statistics.storing import mapped
 from ranksearch.statistics.values import LayerStatistics
 from ranksearch.trees import count_rows, first_examples, is_classification, pick_rows, tensors
 
@@ -32,6 +33,7 @@ def collect(
     max_examples: int = 1024,
     max_gradient_examples: int = 256,
     memory_bytes: int = 1 << 30,
+    moment_bytes: int = 4 << 30,
     seed: int = 0,
 ) -> dict[str, LayerStatistics]:
     """The statistics of each layer over the first `max_examples` examples, in eval mode; the model stays as it was.
@@ -40,20 +42,57 @@ def collect(
     sampled from the model's own softmax, whose gradients' second moment is the Hessian of KL(dense || changed).
     Other outputs are taken as the means of a normal distribution and sampled likewise, so that the second moment is
     the Hessian of the change relative to the dense outputs' variance. Without a loss only inputs are looked at.
+    One pass over the data, or several, each of as many layers as have `moment_bytes` of moments at most; those are then
+    kept on disk.
     Raises StudyError where there is no data, a layer never runs, or a number is not finite.
     """
     if not layers:  # a study of embeddings alone
         return {}
     n_exact = _gradient_budget(layers, max_gradient_examples, memory_bytes)
-    collectors = {name: Collector(info, max_examples, n_exact.get(name, 0), seed) for name, info in layers.items()}
     n_gradient = max_gradient_examples if loss is not None else 0
+    groups = _groups(layers, moment_bytes)
+    found: dict[str, LayerStatistics] = {}
+    for names in groups:
+        collectors = {name: Collector(layers[name], max_examples, n_exact.get(name, 0), seed) for name in names}
+        n_seen = _pass(model, layers, collectors, batches, loss, max_examples, n_gradient, seed)
+        for name in names:  # each collector goes as its result comes: together they would take the memory twice
+            statistics = collectors.pop(name).result(name, n_seen)
+            found[name] = statistics if len(groups) == 1 else mapped(statistics)
+    return found
+
+
+def _groups(layers: Mapping[str, LayerInfo], moment_bytes: int) -> list[list[str]]:
+    """Neighbours of at most so many bytes of moments together; a larger layer is a group of its own."""
+    groups: list[list[str]] = []
+    left = 0
+    for name, info in layers.items():
+        n_bytes = count_moment_bytes(info.spec)
+        if n_bytes > left:
+            groups.append([])
+            left = moment_bytes
+        groups[-1].append(name)
+        left -= n_bytes
+    return groups
+
+
+def _pass(
+    model: nn.Module,
+    layers: Mapping[str, LayerInfo],
+    collectors: Mapping[str, Collector],
+    batches: Batches,
+    loss: Any,
+    max_examples: int,
+    n_gradient: int,
+    seed: int,
+) -> int:
+    """Over how many examples the collectors have listened; each pass draws the same random numbers."""
     generator = torch.Generator().manual_seed(seed)
     n_seen = 0
     for inputs in merged(model, first_examples(batches, max_examples)):
         n_rows = count_rows(inputs)
         n_backward = max(0, min(n_rows, n_gradient - n_seen))
         # Hooked anew each time: what is tried out in between is not listened to.
-        with evaluating(model), _hooked(model, collectors):
+        with evaluating(model), _hooked(model, layers, collectors):
             if n_backward:
                 _backward(model, pick_rows(inputs, slice(n_backward)), collectors, n_seen, loss, generator)
             if n_backward < n_rows:
@@ -63,8 +102,7 @@ def collect(
         n_seen += n_rows
     if n_seen == 0:
         raise StudyError("the calibration data yields no example")
-    # Each collector goes as its result comes: together they would take the memory twice.
-    return {name: collectors.pop(name).result(name, n_seen) for name in layers}
+    return n_seen
 
 
 def _gradient_budget(layers: Mapping[str, LayerInfo], max_examples: int, memory_bytes: int) -> dict[str, int]:
@@ -79,13 +117,18 @@ def _gradient_budget(layers: Mapping[str, LayerInfo], max_examples: int, memory_
 
 
 @contextmanager
-def _hooked(model: nn.Module, collectors: Mapping[str, Collector]) -> Iterator[None]:
-    """The model with collectors listening and all parameters frozen: autograd then computes output gradients only."""
+def _hooked(model: nn.Module, layers: Mapping[str, LayerInfo], collectors: Mapping[str, Collector]) -> Iterator[None]:
+    """The model with collectors listening and all parameters frozen: autograd then computes output gradients only.
+
+    All layers are differentiable, whichever are listened to: every pass takes the same loss.
+    """
     handles: list[RemovableHandle] = []
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
+        for name in layers:
+            handles.append(model.get_submodule(name).register_forward_hook(_differentiable))
         for name, collector in collectors.items():
             handles.append(model.get_submodule(name).register_forward_hook(collector, with_kwargs=True))
         yield
@@ -94,6 +137,13 @@ def _hooked(model: nn.Module, collectors: Mapping[str, Collector]) -> Iterator[N
             handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def _differentiable(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor | None:
+    """With frozen parameters the first layers have nothing to differentiate: an added zero starts the graph."""
+    if output.requires_grad or not torch.is_grad_enabled():
+        return None
+    return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
 
 
 def _backward(

@@ -57,17 +57,12 @@ class Collector:
 
     def __call__(
         self, _module: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
-    ) -> Tensor | None:
+    ) -> None:
         inputs = first_argument(arguments, named).detach()
         if not self.runs_again:
             self._add_inputs(inputs, count_positions(self.spec, output))
-        if not self.with_gradients or not torch.is_grad_enabled():
-            return None
-        if not output.requires_grad:
-            # With frozen parameters the first layers have nothing to differentiate: an added zero starts the graph.
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output.register_hook(lambda gradient: self._add_gradients(inputs, gradient))  # type: ignore[no-untyped-call]
-        return output
+        if self.with_gradients and output.requires_grad:
+            output.register_hook(lambda gradient: self._add_gradients(inputs, gradient))  # type: ignore[no-untyped-call]
 
     def _add_inputs(self, inputs: Tensor, n_positions: int) -> None:
         n_kept = min(max(1, int(self.max_rows * self.n_rows / len(inputs))), n_positions)
@@ -145,6 +140,12 @@ class Collector:
         covariance.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-self.n_positions).div_(n_examples)
         _check_finite(covariance, f"layer {name!r}: its inputs on the calibration data")
         return (covariance[0], mean[0]) if self.n_groups == 1 else (covariance, mean)
+
+
+def count_moment_bytes(spec: LayerSpec) -> int:
+    """What the moments of a layer's inputs and of the gradients at its outputs take."""
+    n_outputs, *rest = spec.weight_shape
+    return 8 * (count_groups(spec) * math.prod(rest) ** 2 + n_outputs**2)
 
 
 def _affordable_rows(n_groups: int, n_inputs: int) -> int:

@@ -1,10 +1,10 @@
 """Do the architectures that people bring go the whole way, and do large ones within time and memory?
 
 Each question is a module of its own, which says what it asks and what its target is: `architectures`
-(models_architectures.py), nineteen kinds of network from their layers to a verified export; `causal` and `wide`
-(models_memory.py), the statistics, table and compression of a causal model of 135 million parameters, and of a block
-4,096 wide; `encoder` (models_encoder.py), what a search makes of a real sentence encoder. `--quick` asks each a smaller
-question, but for the last.
+(models_architectures.py), nineteen kinds of network from their layers to a verified export; `causal`, `wide` and
+`deep` (models_memory.py), the statistics, table and compression of a causal model of 135 million parameters, of a block
+4,096 wide, and of four of them; `encoder` (models_encoder.py), what a search makes of a real sentence encoder.
+`--quick` asks each a smaller question, but for the last.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from functools import partial
 from common import Answer, ask, options
 from models_networks import NETWORKS
 
-QUESTIONS = ("architectures", "causal", "wide", "encoder")
+QUESTIONS = ("architectures", "causal", "wide", "deep", "encoder")
 
 
 def main() -> None:

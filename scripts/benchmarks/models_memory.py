@@ -1,8 +1,9 @@
-"""Causal and wide: what the statistics, the table of candidates and the compression of large models take.
+"""Causal, wide and deep: what the statistics, the table of candidates and the compression of large models take.
 
 `causal` is the architecture of SmolLM2-135M (its published configuration, random weights: neither time nor memory
 depends on their values); `wide` a block of attention and a gated MLP, all 4,096 wide, of which each layer is factored
-once. Each runs in a process of its own, whose peak of resident memory the system tells; seconds are of its wall clock.
+once; `deep` four such blocks, whose statistics are more than is held at once. Each runs in a process of its own, whose
+peak of resident memory the system tells; seconds are of its wall clock.
 """
 
 import argparse
@@ -57,7 +58,11 @@ class Limits:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-FULL = {"causal": Limits(gib=8, seconds=600), "wide": Limits(gib=8, n_batches=8)}
+FULL = {
+    "causal": Limits(gib=8, seconds=600),
+    "wide": Limits(gib=8, n_batches=8),
+    "deep": Limits(gib=8, n_batches=8, sizes={"num_hidden_layers": 4}),
+}
 QUICK = {
     "causal": Limits(
         gib=2, seconds=60, n_batches=4,
@@ -66,6 +71,10 @@ QUICK = {
     "wide": Limits(
         gib=2, n_batches=4,
         sizes={"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8},
+    ),
+    "deep": Limits(
+        gib=2, n_batches=4,
+        sizes={"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4},
     ),
 }  # fmt: skip
 
@@ -126,6 +135,15 @@ def causal(limits: Limits, stages: Stages) -> int:
 
 def wide(limits: Limits, stages: Stages) -> int:
     """A block of attention and a gated MLP, 4,096 wide: statistics, then each layer cut by svd to an eighth."""
+    return _cut(limits, stages, slice(None))
+
+
+def deep(limits: Limits, stages: Stages) -> int:
+    """Four blocks of attention and a gated MLP, 4,096 wide: statistics, then the last layer cut by svd to an eighth."""
+    return _cut(limits, stages, slice(-1, None))
+
+
+def _cut(limits: Limits, stages: Stages, cut: slice) -> int:
     model = _network(BLOCK_4096, limits).eval()
     inputs = _sequences(limits, BLOCK_4096)
     layers = compressible_layers(model, inputs[0]).layers
@@ -133,14 +151,14 @@ def wide(limits: Limits, stages: Stages) -> int:
     batches = [(batch, None) for batch in inputs]
     statistics = collect(model, layers, batches, _squares)
     stages.append(("statistics", time.perf_counter()))
-    ranks = {name: min(info.spec.weight_shape) // 8 for name, info in layers.items()}
+    ranks = {name: min(info.spec.weight_shape) // 8 for name, info in list(layers.items())[cut]}
     plan = Plan(layers={name: LayerChoice(decomposition="svd", ranks=(rank,)) for name, rank in ranks.items()})
     compress(model, plan, calibration=batches, factorisations=Factorisations(model, statistics, only_last=True))
     stages.append(("compression", time.perf_counter()))
     return len(layers)
 
 
-SUBJECTS: Mapping[str, Callable[[Limits, Stages], int]] = {"causal": causal, "wide": wide}
+SUBJECTS: Mapping[str, Callable[[Limits, Stages], int]] = {"causal": causal, "wide": wide, "deep": deep}
 
 
 def _squares(outputs: Any, _targets: Any) -> Tensor:
