@@ -66,15 +66,11 @@ FULL = {
 QUICK = {
     "causal": Limits(
         gib=2, seconds=60, n_batches=4,
-        sizes={"hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 1, "vocab_size": 4096},
+        sizes={"hidden_size": 72, "intermediate_size": 144, "num_hidden_layers": 1, "vocab_size": 4096},
     ),
     "wide": Limits(
         gib=2, n_batches=4,
         sizes={"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8},
-    ),
-    "deep": Limits(
-        gib=2, n_batches=4,
-        sizes={"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8, "num_hidden_layers": 4},
     ),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.openvino.folding import MULTIPLYING, fold_products
 from ranksearch.runtimes.openvino.runtime import LAYER_PREFIX, load_nncf, load_openvino, write_structure
+from ranksearch.runtimes.openvino.striding import slice_strides
 from ranksearch.runtimes.openvino.weights import keep_bits, weight_port
 from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pooling import fit_windows
@@ -55,6 +56,7 @@ def to_openvino_int8(model: nn.Module, calibration_inputs: Iterable[Any], exampl
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantized = nncf.quantize(converted, nncf.Dataset(batches), subset_size=len(batches))
+    slice_strides(quantized)
     from openvino._offline_transformations import compress_quantize_weights_transformation
 
     compress_quantize_weights_transformation(quantized)
@@ -95,6 +97,7 @@ def _convert(model: nn.Module, example: Any, axes: FreeAxes, *, folds_constants:
     noted = _noted(converted, *MULTIPLYING, LOOKING_UP)
     for layer, module in stored.items():
         keep_bits([op for op, name in noted if name == layer], module)
+    slice_strides(converted)
     _name_layers(converted)
     write_structure(converted, "inputs", inputs)
     write_structure(converted, "outputs", outputs[0])
