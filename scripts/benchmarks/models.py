@@ -4,7 +4,7 @@ Each question is a module of its own, which says what it asks and what its targe
 (models_architectures.py), nineteen kinds of network from their layers to a verified export; `causal`, `wide` and
 `deep` (models_memory.py), the statistics, table and compression of a causal model of 135 million parameters, of a block
 4,096 wide, and of four of them; `encoder` (models_encoder.py), what a search makes of a real sentence encoder.
-`--quick` asks the first three of smaller ones.
+`--quick` asks one architecture and a block 512 wide.
 """
 
 import argparse
@@ -13,8 +13,7 @@ from functools import partial
 from common import Answer, ask, options
 from models_networks import NETWORKS
 
-# Those that no smaller model would ask.
-FULL_ONLY = {"deep", "encoder"}
+QUICK = ("architectures", "wide")
 QUESTIONS = ("architectures", "causal", "wide", "deep", "encoder")
 
 
@@ -24,7 +23,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", choices=list(NETWORKS), metavar="NAME", help="these rows alone")
     parser.add_argument("--trials", type=int, help="of the encoder's search")
     arguments = parser.parse_args()
-    asked = [name for name in QUESTIONS if name not in FULL_ONLY or not arguments.quick]
+    asked = QUICK if arguments.quick and not arguments.only else QUESTIONS
     ask(arguments, {name: partial(answer, name) for name in asked})
 
 

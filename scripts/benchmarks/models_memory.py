@@ -64,20 +64,15 @@ FULL = {
     "deep": Limits(gib=8, n_batches=8, sizes={"num_hidden_layers": 4}),
 }
 QUICK = {
-    "causal": Limits(
-        gib=2, seconds=60, n_batches=4,
-        sizes={"hidden_size": 72, "intermediate_size": 144, "num_hidden_layers": 1, "vocab_size": 4096},
-    ),
     "wide": Limits(
-        gib=2, n_batches=4,
-        sizes={"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 8},
+        gib=2, n_batches=4, sizes={"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8}
     ),
 }  # fmt: skip
 
 
 def answer(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """Seconds by stage and the peak of memory, measured in a process of its own."""
-    limits = (QUICK if arguments.quick else FULL)[name]
+    limits = _limits(name, quick=arguments.quick)
     command = [sys.executable, __file__, name, "quick" if arguments.quick else "full"]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "RANKSEARCH_CACHE": folder, "RANKSEARCH_MAX_TIMING_SECONDS": "0.05"}
@@ -157,6 +152,10 @@ def _cut(limits: Limits, stages: Stages, cut: slice) -> int:
 SUBJECTS: Mapping[str, Callable[[Limits, Stages], int]] = {"causal": causal, "wide": wide, "deep": deep}
 
 
+def _limits(name: str, *, quick: bool) -> Limits:
+    return QUICK.get(name, FULL[name]) if quick else FULL[name]
+
+
 def _squares(outputs: Any, _targets: Any) -> Tensor:
     mean: Tensor = outputs["logits"].square().mean()
     return mean
@@ -184,7 +183,7 @@ def _heard(name: str) -> None:
 def main() -> None:
     name, size = sys.argv[1:]
     stages: Stages = [("start", time.perf_counter())]
-    n_layers = SUBJECTS[name]((QUICK if size == "quick" else FULL)[name], stages)
+    n_layers = SUBJECTS[name](_limits(name, quick=size == "quick"), stages)
     seconds = {stage: end - start for (_, start), (stage, end) in zip(stages, stages[1:], strict=False)}
     # In KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
