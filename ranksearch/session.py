@@ -162,7 +162,7 @@ def make_profile(
             ),
         )
         table = maker.make(plans, dense_latency_ms, bench.dense.model_bytes, on_layer)
-    table = table.model_copy(update={"ties": tied_layers(spec.space.ties, list(bench.found.all))})
+    table = table.model_copy(update={"ties": tied_layers(spec.space.ties, list(bench.found.all), bench.found.skipped)})
     tables.put(key, table.to_json().encode())
     return table
 

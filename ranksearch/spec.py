@@ -5,7 +5,7 @@ import importlib.util
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -170,15 +170,17 @@ class Space:
             raise StudyError(f"Space.rank_multiple is {self.rank_multiple}; it must be at least 1")
 
 
-def tied_layers(ties: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def tied_layers(
+    ties: Sequence[Sequence[str]], names: Sequence[str], skipped: Collection[str] = ()
+) -> tuple[tuple[str, ...], ...]:
     """The layers that share their bits, by tie: those of one parent that a group's globs match, where they are several.
 
-    Raises StudyError for a glob that matches no layer, and for a layer in two ties.
+    Raises StudyError for a glob that matches none of them and none that is skipped, and for a layer in two ties.
     """
     found: list[tuple[str, ...]] = []
     for group in ties:
         for glob in group:
-            if not fnmatch.filter(names, glob):
+            if not fnmatch.filter([*names, *skipped], glob):
                 raise StudyError(f"Space.ties: the glob {glob!r} matches no layer; layers are {', '.join(names)}")
         by_parent: dict[str, list[str]] = {}
         for name in names:

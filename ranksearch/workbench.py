@@ -322,7 +322,7 @@ def _check_dense(model: nn.Module, spec: StudySpec, batch: tuple[Any, Any]) -> N
 
 def _check_ties(spec: StudySpec, found: FoundLayers, runtime: AbstractRuntime) -> None:
     """Raises StudyError where a layer, whatever its shape, takes no bits but float that those tied to it take."""
-    for tied in tied_layers(spec.space.ties, list(found.all)):
+    for tied in tied_layers(spec.space.ties, list(found.all), found.skipped):
         offered = {name: _bits_of(spec, found.all[name].spec, runtime) for name in tied}
         shared = set.intersection(*offered.values())
         most = max(tied, key=lambda name: len(offered[name]))

@@ -23,8 +23,11 @@ from ranksearch.cache import cache_directory, content_hash
 try:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 except ImportError as error:
     raise ImportError("this study needs transformers: pip install 'ranksearch[transformers]'") from error
+
+disable_progress_bar()
 
 LENGTH = 128  # tokens of a block
 BATCH_SIZE = 8  # blocks

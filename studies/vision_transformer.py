@@ -23,8 +23,11 @@ from ranksearch.cache import cache_directory, content_hash
 
 try:
     from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+    from transformers.utils.logging import disable_progress_bar
 except ImportError as error:
     raise ImportError("this study needs transformers: pip install 'ranksearch[transformers]'") from error
+
+disable_progress_bar()
 
 IMAGE_SIZE = 32
 N_EPOCHS, BATCH_SIZE, MAX_LEARNING_RATE = 4, 128, 1e-3

@@ -51,6 +51,12 @@ def test_globs_tie_the_layers_of_one_parent() -> None:
     assert tied_layers([["head"]], NAMES) == ()
 
 
+def test_ties_of_layers_that_are_skipped_are_let_be() -> None:
+    """A family's ties stand whatever is left out of its layers."""
+    kept = [name for name in NAMES if not name.endswith((".query", ".key"))]
+    assert tied_layers([["*.query", "*.key", "*.value"]], kept, [name for name in NAMES if name not in kept]) == ()
+
+
 @pytest.mark.parametrize(
     ("ties", "message"),
     [

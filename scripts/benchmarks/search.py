@@ -33,7 +33,7 @@ from search_methods import METHODS, find_method, suiting
 from search_published import is_published, open_published
 from search_recovered import N_BANDS, N_PER_BAND, agreement, agreement_lines
 from search_runs import Method
-from search_subjects import STUDIES, open_subject
+from search_subjects import STUDIES, in_float, open_subject
 from search_uniform import CUT, EPOCHS, against_uniform
 
 from ranksearch.cache import cache_directory
@@ -132,7 +132,7 @@ def recovered(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
 
 def uniform_ranks(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """PriceSampler's plan against equal shares, on ResNet-20."""
-    evaluations = open_evaluations(open_subject("ResNet-20", arguments.recorded))
+    evaluations = open_evaluations(in_float(open_subject("ResNet-20", arguments.recorded)))
     found, lines = against_uniform(evaluations)
     return {
         **found,

@@ -156,6 +156,18 @@ def open_subject(name: str, recorded: Path) -> Subject:
     return Subject(name=name, folder=folder, study=STUDIES[name])
 
 
+def in_float(subject: Subject) -> Subject:
+    """The same network with a table of float choices: beside 8 bits few of them are worth a place in one."""
+
+    def study(folder: Path) -> rs.StudySpec:
+        spec = subject.study(folder)
+        return dataclasses.replace(spec, space=dataclasses.replace(spec.space, weight_bits=(32,)))
+
+    folder = subject.folder.with_name(f"{subject.folder.name}-float")
+    folder.mkdir(parents=True, exist_ok=True)
+    return Subject(name=f"{subject.name} in float", folder=folder, study=study)
+
+
 class ResidualMLP(nn.Module):
     """Normalised first, as in a transformer: (N, 1, 8, 8) images to (N, 10) logits."""
 

@@ -24,28 +24,25 @@ CUT, N_TRIALS, EPOCHS = 0.67, 40, 10.0
 BAND, N_LIMITS = 0.05, 4
 
 
-class InFloat(Evaluations):
-    """The evaluations of a network's plans in float32, their multiply-adds in the place of bytes."""
+class ByMacs(Evaluations):
+    """A network's evaluations with multiply-adds in the place of bytes."""
 
     def __init__(self, everything: Evaluations) -> None:
         self.everything = everything
-        layers = everything.profile.layers
-        self.kept = [[i for i, c in enumerate(layer.candidates) if c.choice.weight_bits == 32] for layer in layers]
         super().__init__(self._counted(), everything.recorded, everything.measure, subject=everything.subject)
 
     def figures(self, indices: Indices) -> Figures:
         """What a search is told of the plan."""
-        found = self.everything.figures(tuple(of[i] for of, i in zip(self.kept, indices, strict=True)))
-        return replace(found, bytes_ratio=self.profile.predict(indices)[2])
+        return replace(self.everything.figures(indices), bytes_ratio=self.profile.predict(indices)[2])
 
     def _counted(self) -> Profile:
         profile, macs = self.everything.profile, subject_of(self.everything).macs
 
-        def counted(layer: LayerProfile, kept: list[int], of: tuple[float, ...]) -> LayerProfile:
-            found = (layer.candidates[i].model_copy(update={"n_bytes": round(of[i])}) for i in kept)
+        def counted(layer: LayerProfile, of: tuple[float, ...]) -> LayerProfile:
+            found = (c.model_copy(update={"n_bytes": round(n)}) for c, n in zip(layer.candidates, of, strict=True))
             return layer.model_copy(update={"candidates": tuple(found)})
 
-        layers = tuple(counted(*parts) for parts in zip(profile.layers, self.kept, macs, strict=True))
+        layers = tuple(counted(*parts) for parts in zip(profile.layers, macs, strict=True))
         dense = sum(of[layer.dense] for layer, of in zip(profile.layers, macs, strict=True))
         return profile.model_copy(update={"layers": layers, "dense_bytes": round(dense)})
 
@@ -68,7 +65,7 @@ def against_uniform(evaluations: Evaluations) -> tuple[dict[str, Any], list[str]
     """Both plans' rows, trained alike; and as lines."""
     network, bench = cifar_resnet(20), subject_of(evaluations).bench
     equal_shares = uniform(network, CUT)
-    found = as_fast_as(equal_shares, InFloat(evaluations), bench)
+    found = as_fast_as(equal_shares, ByMacs(evaluations), bench)
     plans = {"uniform spatial ranks": equal_shares, "PriceSampler's": found}
     rows = [_trained(network, name, plan) for name, plan in plans.items()]
     for row, latency in zip(rows, _latencies(bench, list(plans.values())), strict=True):
