@@ -1,6 +1,8 @@
 """Quantizers on tensors: where several read one, where it is rounded, and what runtimes make of it."""
 
 import copy
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -198,3 +200,19 @@ def _float_additions(kernels: dict[str, str]) -> int:
     """How many fused element-wise nodes ran in float beside the convolutions."""
     counts = Counter(kernel.split()[0] for kernel in kernels.values() if kernel.endswith("f32"))
     return counts["Subgraph"] + counts["Eltwise"] + counts["FakeQuantize"]
+
+
+WITHOUT_COMPILER = """
+import sys
+import torch
+from torch import nn
+from ranksearch.quantization import shared_tensors
+
+shared_tensors(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 4))
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_tracing_leaves_the_compiler_unimported() -> None:
+    """Every process that opens a study traces, and few compile."""
+    subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], check=True)

@@ -113,6 +113,11 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: it is never compiled, and to be skipped torch.compile would be imported, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, operation: Any, _types: Any, arguments: Any = (), named: Any = None) -> Any:
         named = named or {}
         if self.running:  # what a layer does inside is the layer's own doing
