@@ -1,40 +1,40 @@
 """A study's model, data and target, made ready for trials."""
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ranksearch.bits import offered_bits
 from ranksearch.cache import Cache, cache_directory
 from ranksearch.compression import count_params
-from ranksearch.decompositions import get_decomposition
 from ranksearch.device import check_cores, device_lock, timed_cores
-from ranksearch.errors import DecompositionError, StudyError
 from ranksearch.factorisations import Factorisations
 from ranksearch.finding import FoundLayers, compressible_layers, unread_layers
-from ranksearch.inputs import check_inputs, other_floats_given
 from ranksearch.latency import Latency, compare_all, timed_call
-from ranksearch.layers import WeightSpec, call_model, count_macs, evaluating, other_floats
-from ranksearch.plan import DENSE
+from ranksearch.layers import call_model, count_macs, evaluating
 from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_layers, shared_tensors
 from ranksearch.recovery import Step, seeded
 from ranksearch.runtimes import AbstractRuntime, AbstractSession, get_runtime, stayed_float, stayed_whole
-from ranksearch.scoring import Scores, same_twice, score_kind, score_model
-from ranksearch.spec import Batches, Data, StudySpec, tied_layers
+from ranksearch.scoring import Scores, score_model
+from ranksearch.spec import Batches, Data, StudySpec
 from ranksearch.statistics import LayerStatistics, collect
+from ranksearch.study_checks import (
+    check_decompositions,
+    check_dense,
+    check_splits,
+    check_ties,
+    given_by,
+    selected,
+    take_calibration,
+)
 from ranksearch.surgery import copy_model, wrappers
 from ranksearch.trees import arranged, concatenate, count_rows, first_examples, map_tensors, pick_rows, tensors
 from ranksearch.weights import packed_bytes
 
-T = TypeVar("T")
-MAX_CALIBRATION_EXAMPLES = 1024
 # Factors of a dozen candidates per layer take a few times the model.
 MAX_FACTOR_BYTES = 4 << 30
 
@@ -160,33 +160,21 @@ def open_workbench(
     with timed_cores(spec.target):
         runtime = get_runtime(spec.target.runtime)
         runtime.check(spec.target)
-    _check_decompositions(spec)
+    check_decompositions(spec)
     # What draws random numbers draws the same ones in every process: a resume's, and a worker's.
     with seeded(spec.seed, torch.device("cpu")):
-        given = _given(spec, "model", spec.model(), nn.Module)
+        given = given_by(spec, "model", spec.model(), nn.Module)
         model = copy_model(given).eval()
-        data = _given(spec, "data", spec.data(), Data)
-        calibration = _take_calibration(spec, data)
-    if (told := other_floats(model)) is not None:
-        raise StudyError(f"study {spec.name!r}: {told}")
-    _check_dense(model, spec, calibration[0])
-    if data.tiebreak is not None and score_kind(spec.score) == "model":
-        raise StudyError(
-            f"study {spec.name!r}: a score of the kind evaluate(model) reads its own data and none of Data.tiebreak; "
-            "leave `tiebreak` out, or give a score of outputs and targets"
-        )
-    for name in ("validation", "tiebreak", "test"):
-        batches = getattr(data, name)
-        if batches is not None:
-            same_twice(batches, name)
-    if data.train is not None and next(iter(data.train), None) is None:
-        raise StudyError(f"study {spec.name!r}: the training data yields no example; leave `train` out, or fill it")
+        data = given_by(spec, "data", spec.data(), Data)
+        calibration = take_calibration(spec, data)
+    check_dense(spec, model, calibration[0])
+    check_splits(spec, data)
     example = first_rows(calibration, spec.target.batch_size)
     # On the example, so that layers are timed at the batch size of the target.
     found = compressible_layers(model, example)
-    found = _selected(found.without(unread_layers(model, first_rows(calibration, 1), found.all)), spec)
+    found = selected(found.without(unread_layers(model, first_rows(calibration, 1), found.all)), spec)
     with timed_cores(spec.target):
-        _check_ties(spec, found, runtime)
+        check_ties(spec, found, runtime)
         session = runtime.prepare(model, example, spec.target)
     scores = score_model(model, data.validation, spec.score)
     dense = Dense(
@@ -257,106 +245,3 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
     if not (around := wrappers(model)):
         return ()
     return (f"the model is taken out of {' and '.join(around)}; layers bear the names that they have inside",)
-
-
-def _check_decompositions(spec: StudySpec) -> None:
-    try:
-        for name in spec.space.decompositions:
-            get_decomposition(name)
-    except DecompositionError as error:
-        raise StudyError(f"study {spec.name!r}: Space.decompositions: {error}") from None
-
-
-def _given(spec: StudySpec, name: str, value: Any, wanted: type[T]) -> T:
-    """What the study's function `name` gave. Raises StudyError where it is something else."""
-    if not isinstance(value, wanted):
-        raise StudyError(f"study {spec.name!r}: {name}() gave a {type(value).__name__}, not a {wanted.__name__}")
-    return value
-
-
-def _take_calibration(spec: StudySpec, data: Data) -> list[tuple[Any, Any]]:
-    """Whole batches until they hold what calibration needs. Raises StudyError where they cannot fill the example."""
-    batch_size = spec.target.batch_size
-    taken: list[tuple[Any, Any]] = []
-    n_taken = 0
-    for batch in data.calibration:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise StudyError(
-                f"study {spec.name!r}: a calibration batch is a {type(batch).__name__}; give pairs (inputs, targets)"
-            )
-        taken.append((batch[0], batch[1]))
-        n_taken += count_rows(batch[0])
-        if n_taken >= max(MAX_CALIBRATION_EXAMPLES, batch_size):
-            break
-    if n_taken == 0:
-        raise StudyError(f"study {spec.name!r}: the calibration data yields nothing")
-    if n_taken < batch_size:
-        raise StudyError(
-            f"study {spec.name!r}: the calibration data has {n_taken} examples, fewer than "
-            f"Target.batch_size={batch_size}; give more, or a smaller batch"
-        )
-    return taken
-
-
-def _check_dense(model: nn.Module, spec: StudySpec, batch: tuple[Any, Any]) -> None:
-    inputs, targets = batch
-    try:
-        check_inputs(model, inputs)
-        with evaluating(model):
-            loss = torch.as_tensor(spec.loss(call_model(model, inputs), targets))
-    except StudyError as error:
-        raise StudyError(f"study {spec.name!r}: {error}") from None
-    except RuntimeError as error:
-        if (told := other_floats_given(model, inputs)) is None:
-            raise
-        raise StudyError(f"study {spec.name!r}: {told}") from error
-    if loss.numel() != 1:
-        raise StudyError(
-            f"study {spec.name!r}: the loss has shape {tuple(loss.shape)}; it must be one number, the batch's mean"
-        )
-    if not np.isfinite(float(loss)):
-        raise StudyError(
-            f"study {spec.name!r}: the dense model's loss on calibration data is {float(loss)}; it must be finite"
-        )
-
-
-def _check_ties(spec: StudySpec, found: FoundLayers, runtime: AbstractRuntime) -> None:
-    """Raises StudyError where a layer, whatever its shape, takes no bits but float that those tied to it take."""
-    for tied in tied_layers(spec.space.ties, list(found.all), found.skipped):
-        offered = {name: _bits_of(spec, found.all[name].spec, runtime) for name in tied}
-        shared = set.intersection(*offered.values())
-        most = max(tied, key=lambda name: len(offered[name]))
-        odd = min(tied, key=lambda name: len(offered[name] & offered[most]))
-        if not shared - {DENSE.bits} and offered[most] - {DENSE.bits}:
-            raise StudyError(
-                f"Space.ties: on {spec.target.runtime} layer {odd!r} takes bits {_listed(offered[odd])} and {most!r}, "
-                f"tied to it, {_listed(offered[most])}: they can share none but float; leave {odd!r} out of the tie"
-            )
-
-
-def _bits_of(spec: StudySpec, layer: WeightSpec, runtime: AbstractRuntime) -> set[str]:
-    for_size = "bytes" in spec.objectives
-    offered = offered_bits(runtime, layer, spec.target, spec.space.weight_bits, for_size=for_size)
-    return {bits.of(DENSE).bits for bits in offered}
-
-
-def _listed(bits: set[str]) -> str:
-    return " and ".join(sorted(bits, key=lambda pair: [-int(count) for count in pair.split("/")])) or "none"
-
-
-def _selected(found: FoundLayers, spec: StudySpec) -> FoundLayers:
-    """The found layers that the study's globs leave in. Raises StudyError for a glob that matches nothing."""
-    names = [*found.all, *found.skipped]
-    for glob in (*spec.space.only, *spec.space.skip):
-        if not fnmatch.filter(names, glob):
-            raise StudyError(f"the glob {glob!r} matches no layer; layers are {', '.join(found.all)}")
-    reasons = {}
-    for name in found.all:
-        if spec.space.only and not any(fnmatch.fnmatch(name, glob) for glob in spec.space.only):
-            reasons[name] = "not in Space.only"
-        elif any(fnmatch.fnmatch(name, glob) for glob in spec.space.skip):
-            reasons[name] = "in Space.skip"
-    selected = found.without(reasons)
-    if not selected.all:
-        raise StudyError("Space.only and Space.skip leave no layer to compress")
-    return selected

@@ -22,7 +22,7 @@ FLOORS: dict[str, float] = {
     "factorisations": 2.5, "home_records": 2.5, "refit": 2.5, "rounding": 2.5, "weights": 2.5,
     "compression": 3, "runtimes": 3,
     "bits": 3.5,
-    "latency": 3.5, "recovery": 4, "preparation": 4.25, "progressive": 4.25, "workbench": 4.35,
+    "latency": 3.5, "recovery": 4, "preparation": 4.25, "study_checks": 4.25, "progressive": 4.25, "workbench": 4.35,
     "identity": 5, "layer_timing": 4.5, "loss_meter": 4.5, "staircase": 4.75, "profiling": 5,
     "ladder": 6,
     "export": 6.5, "executors": 6.75,
