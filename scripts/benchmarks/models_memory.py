@@ -78,10 +78,10 @@ def answer(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], li
         environment = {**os.environ, "RANKSEARCH_CACHE": folder, "RANKSEARCH_MAX_TIMING_SECONDS": "0.05"}
         environment.pop("OMP_NUM_THREADS", None)
         ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    smaller = ", ".join(f"{size} {value}" for size, value in limits.sizes.items())
+    own_sizes = ", ".join(f"{size} {value}" for size, value in limits.sizes.items())
     scope = (
         f"{SUBJECTS[name].__doc__} {limits.n_batches} batches of {limits.batch_size} sequences of {limits.n_tokens} "
-        f"tokens; random weights, {os.cpu_count()} cores{'; smaller: ' if smaller else ''}{smaller}"
+        f"tokens; random weights, {os.cpu_count()} cores{'; ' if own_sizes else ''}{own_sizes}"
     )
     if ended.returncode != 0:
         failed = f"its process ended with {ended.returncode}"
