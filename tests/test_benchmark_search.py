@@ -5,7 +5,9 @@ import json
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -478,40 +480,55 @@ def test_methods_that_need_the_network_are_left_out_without_it(rooms: dict[str, 
     assert missing == {"with ladder", "no latency", "energy", "evbmf", "alds"}
 
 
-def test_float_plans_of_few_multiply_adds_are_found_within_a_latency(rooms: dict[str, Any], tmp_path: Path) -> None:
+def test_plans_of_few_multiply_adds_are_found_within_a_latency(rooms: dict[str, Any], tmp_path: Path) -> None:
     evaluations, measure = opened(rooms, tmp_path, make_profile())
-    in_float = rooms["uniform"].InFloat(evaluations)
-    assert {c.choice.weight_bits for layer in in_float.profile.layers for c in layer.candidates} == {32}
-    assert in_float.profile.predict(in_float.dense)[1:] == (1.0, 1.0)
+    by_macs = rooms["uniform"].ByMacs(evaluations)
+    assert by_macs.profile.predict(by_macs.dense)[1:] == (1.0, 1.0)
     limits = ResolvedLimits(max_latency_ratio=0.6, max_bytes_ratio=0.5)
-    plan = rooms["uniform"].best_plan(in_float, limits, 20)
-    assert plan == rooms["uniform"].best_plan(in_float, limits, 20)
-    loss, latency, macs = in_float.profile.predict(in_float.profile.indices(plan))
+    plan = rooms["uniform"].best_plan(by_macs, limits, 20)
+    assert plan == rooms["uniform"].best_plan(by_macs, limits, 20)
+    loss, latency, macs = by_macs.profile.predict(by_macs.profile.indices(plan))
     assert latency <= 0.6 and macs <= 0.5
-    within = [in_float.profile.predict(in_float.profile.indices(evaluations.profile.plan(p))) for p, _ in measure.asked]
+    within = [by_macs.profile.predict(by_macs.profile.indices(evaluations.profile.plan(p))) for p, _ in measure.asked]
     assert loss <= min(found[0] for found in within if found[1] <= 0.6 and found[2] <= 0.5) + 1e-9
     with pytest.raises(LookupError, match="none of 5 plans is within"):
-        rooms["uniform"].best_plan(in_float, ResolvedLimits(max_latency_ratio=1e-6, max_bytes_ratio=0.5), 5)
+        rooms["uniform"].best_plan(by_macs, ResolvedLimits(max_latency_ratio=1e-6, max_bytes_ratio=0.5), 5)
 
 
 def test_a_plan_as_fast_as_another_is_found_where_predictions_are_off(
     rooms: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uniform, (evaluations, _) = rooms["uniform"], opened(rooms, tmp_path, make_profile())
-    in_float, asked = uniform.InFloat(evaluations), []
-    wanted = in_float.profile.plan(in_float.dense)
+    by_macs, asked = uniform.ByMacs(evaluations), []
+    wanted = by_macs.profile.plan(by_macs.dense)
 
     def latencies(_bench: Any, plans: list[Any]) -> list[float]:
         """Plans take two thirds of what is predicted; the one that is wanted takes 0.6."""
         asked.extend(plans)
-        predicted = [in_float.profile.predict(in_float.profile.indices(plan))[1] for plan in plans]
+        predicted = [by_macs.profile.predict(by_macs.profile.indices(plan))[1] for plan in plans]
         return [0.6 if plan is wanted else value / 1.5 for plan, value in zip(plans, predicted, strict=True)]
 
     monkeypatch.setattr(uniform, "_latencies", latencies)
-    monkeypatch.setattr(uniform, "CUT", 0.3)
-    plan = uniform.as_fast_as(wanted, in_float, None, 8)
+    plan = uniform.as_fast_as(wanted, by_macs, None, 0.7, 8)
     (taken,) = latencies(None, [plan])
     tried = [p for p in asked if p is not wanted]
     assert max(t for t in latencies(None, tried) if t <= 0.6) == taken
-    first = in_float.profile.predict(in_float.profile.indices(tried[0]))[1]
+    first = by_macs.profile.predict(by_macs.profile.indices(tried[0]))[1]
     assert first <= 0.6 < 1.5 * taken, "the first limit is what is measured, later ones what is predicted of it"
+
+
+def test_layers_that_are_left_alone_leave_less_to_the_others(rooms: dict[str, Any]) -> None:
+    profile = make_profile()
+    layers = {layer.name: SimpleNamespace(macs=90 // len(profile.layers)) for layer in profile.layers}
+    factored = sum(info.macs for info in layers.values())
+    network = SimpleNamespace(layers={"stem": SimpleNamespace(macs=10), **layers})
+    kept = rooms["uniform"].most_macs(network, profile)
+    assert (10 + kept * factored) / (10 + factored) == pytest.approx(1 - rooms["uniform"].CUT)
+
+
+def test_a_network_in_float_has_a_table_of_its_own(rooms: dict[str, Any], tmp_path: Path) -> None:
+    subjects = rooms["subjects"]
+    whole = subjects.open_subject("digits", tmp_path)
+    alone = subjects.in_float(whole)
+    assert alone.folder.is_dir() and alone.folder != whole.folder
+    assert alone.study(alone.folder).space == replace(whole.study(whole.folder).space, weight_bits=(32,))
