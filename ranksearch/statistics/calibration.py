@@ -42,8 +42,8 @@ def collect(
     sampled from the model's own softmax, whose gradients' second moment is the Hessian of KL(dense || changed).
     Other outputs are taken as the means of a normal distribution and sampled likewise, so that the second moment is
     the Hessian of the change relative to the dense outputs' variance. Without a loss only inputs are looked at.
-    One pass over the data, or several, each of as many layers as have `moment_bytes` of moments at most; those are then
-    kept on disk.
+    Those of single examples take `memory_bytes` at most, the largest layers left out. One pass over the data, or
+    several, each of as many layers as have `moment_bytes` of moments at most; those are then kept on disk.
     Raises StudyError where there is no data, a layer never runs, or a number is not finite.
     """
     if not layers:  # a study of embeddings alone

@@ -1,4 +1,4 @@
-"""Statistics as tensors by name, so that they can be handed to other processes."""
+"""Statistics as tensors by name, so that they can be handed to other processes, and kept in files."""
 
 from collections.abc import Mapping
 from dataclasses import replace
