@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ranksearch.layers import ConvSpec, EmbeddingSpec, LinearSpec, WeightSpec, build_layer, weight_spec
+from ranksearch.quantization.fake_quantization import fake_quantize
 from ranksearch.quantization.formats import ACTIVATION_LEVELS, affine_range, affine_step
 from ranksearch.quantization.weight_formats import Grid, Int8, WeightFormat
 
@@ -31,8 +32,6 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int32))
         self.observe: Callable[[Tensor], None] | None = None
-        # Step and zero point as numbers, for torch.export, which has no rule for torch's own rounding.
-        self.fixed: tuple[float, int] | None = None
         self.output_of: str | None = None
         self.readers: tuple[str, ...] = ()
         self.set_range(*PLACEHOLDER_RANGE)
@@ -58,15 +57,7 @@ class ActivationQuantizer(nn.Module):
             return values
         if values.dtype != torch.float32:
             return self.round(values.float()).to(values.dtype)
-        if self.fixed is not None:
-            step, zero_point = self.fixed
-            codes = torch.clamp(torch.round(values / step) + zero_point, 0, ACTIVATION_LEVELS)
-            return (codes - zero_point) * step
-        return torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, 0, ACTIVATION_LEVELS)
-
-    def fix(self) -> None:
-        """Rounds from now on by plain arithmetic, with the numbers that its step and zero point are now."""
-        self.fixed = float(self.scale), int(self.zero_point)
+        return fake_quantize(values, self.scale, self.zero_point, 0, ACTIVATION_LEVELS)
 
 
 class _Rounded(nn.Module):

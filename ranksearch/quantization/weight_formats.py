@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ranksearch.quantization.fake_quantization import fake_quantize
 from ranksearch.quantization.formats import CODE_LIMIT, N_CLIPPINGS, per_channel, weight_codes, weight_scale
 
 Floats = NDArray[np.float32]
@@ -128,7 +129,7 @@ class Int8(WeightFormat):
             bound = per_channel(scale * self.limit, weight)
             weight = weight.clamp(-bound, bound)
         zero = _known(grid.zero_point)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -CODE_LIMIT, CODE_LIMIT)
+        return fake_quantize(weight, scale, zero, -CODE_LIMIT, CODE_LIMIT)
 
     def pack(self, weight: Tensor, grid: Grid) -> Tensor:
         return weight_codes(weight, _known(grid.scale), self.limit)
@@ -180,7 +181,7 @@ class Int4(WeightFormat):
 
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
         scale, zero = _known(grid.scale).flatten(), _known(grid.zero_point).flatten()
-        groups = torch.fake_quantize_per_channel_affine(self._grouped(weight), scale, zero, 0, 0, N_LEVELS - 1)
+        groups = fake_quantize(self._grouped(weight), scale, zero, 0, N_LEVELS - 1)
         return groups.reshape(weight.shape[0], -1)[:, : weight[0].numel()].reshape(weight.shape)
 
     def codes(self, weight: Tensor, grid: Grid) -> Tensor:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
-from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear, activation_quantizers
+from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
 from ranksearch.runtimes.axes import BATCH, LENGTH, FreeAxes
 from ranksearch.runtimes.outputs import gives_flat_outputs
 from ranksearch.runtimes.pytorch.integers import IntegerProduct
@@ -101,10 +101,7 @@ def _save(program: ExportedProgram, path: Path) -> None:
 
 def exportable(model: nn.Module) -> nn.Module:
     """A copy of the model that torch.export takes: its quantizers as torch imitates them, their scales fixed."""
-    module = fix_weights(copy_model(model).cpu().eval())
-    for quantizer in activation_quantizers(module).values():
-        quantizer.fix()
-    return gives_flat_outputs(module)
+    return gives_flat_outputs(fix_weights(copy_model(model).cpu().eval()))
 
 
 def read_program(path: Path, target: Target, place: torch.device | None) -> Loaded:
