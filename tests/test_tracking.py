@@ -28,7 +28,7 @@ from ranksearch.tracking import (
     serve,
 )
 from ranksearch.tracking.pages import free_port
-from ranksearch.tracking.store import connect
+from ranksearch.tracking.store import connect, unsynchronised
 from ranksearch.tracking.writer import TRY_EVERY_S
 
 
@@ -449,3 +449,18 @@ def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
     assert connect(f"sqlite:///{tmp_path / 'runs.db'}").search_experiments()
     assert [path.name for path in tmp_path.iterdir()] == ["runs.db"]
+
+
+def test_only_a_database_in_the_making_does_not_wait_for_the_disk(tmp_path: Path) -> None:
+    import sqlalchemy
+
+    def synchronous(name: str) -> Any:
+        engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / name}")
+        with engine.connect() as connection:
+            return connection.exec_driver_sql("PRAGMA synchronous").scalar()
+
+    usual = synchronous("one.db")
+    with unsynchronised(tmp_path / "one.db"):
+        assert synchronous("one.db") == 0
+        assert synchronous("other.db") == usual > 0
+    assert synchronous("one.db") == usual

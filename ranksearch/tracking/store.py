@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sqlite3
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -117,12 +118,34 @@ def _make_database(path: Path) -> None:
 
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments(max_results=1)
+        with unsynchronised(aside):
+            MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments(max_results=1)
+        with aside.open("rb+") as file:
+            os.fsync(file)
         # Another process may have made it meanwhile.
         with suppress(FileExistsError):
             os.link(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def unsynchronised(path: Path) -> Iterator[None]:
+    """While open, connections to that SQLite file do not wait for the disk; MLflow's migrations do a thousand times."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def begin(connection: Any, _record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            (_, _, name) = connection.execute("PRAGMA database_list").fetchone()
+            if name == os.path.realpath(path):
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", begin)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", begin)
 
 
 def quiet_mlflow() -> None:
