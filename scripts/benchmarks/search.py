@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +28,7 @@ import torch
 from common import Answer, Question, ask, options, scratch
 from search_asking import MOST_MS, asking_ms
 from search_evaluations import Evaluations, mean_seconds, open_evaluations
-from search_figures import FRONTS, Target, Trace, pairs, quartiles, reach, share_of_time, trace, volume_at
+from search_figures import CHECKPOINTS, FRONTS, Target, Trace, pairs, quartiles, reach, share_of_time, trace, volume_at
 from search_methods import METHODS, find_method, suiting
 from search_published import is_published, open_published
 from search_recovered import N_BANDS, N_PER_BAND, agreement, agreement_lines
@@ -73,7 +73,12 @@ def main() -> None:
         help=f"of {', '.join(METHODS)}, or a sampler of your own as module:Class, which is made with a seed",
     )
     parser.add_argument("--seeds", type=int, help=f"how many, instead of {dict(SEEDS)}")
-    parser.add_argument("--trials", type=int, nargs="+", default=list(TRIALS), help="where hypervolumes are told")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        nargs="+",
+        help=f"where hypervolumes are told, instead of {' '.join(map(str, TRIALS))}; none between is looked at then",
+    )
     parser.add_argument(
         "--published", action="store_true", help="evaluations as published: nothing is trained, loaded or timed"
     )
@@ -91,11 +96,12 @@ def main() -> None:
 def hypervolumes(arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     """Each network's table."""
     figures, lines = {}, []
-    trials, targets = sorted(arguments.trials), TARGETS if arguments.rung == "quick" else FINE_TUNED_TARGETS
+    trials, targets = sorted(arguments.trials or TRIALS), TARGETS if arguments.rung == "quick" else FINE_TUNED_TARGETS
     for name in arguments.networks or [n for n in STUDIES if not arguments.published or is_published(n)]:
         evaluations = _opened(name, arguments)
         methods = dict(arguments.methods or suiting(evaluations))
-        traces = _traces(name, evaluations, methods, arguments.seeds or SEEDS[name], trials, arguments.front)
+        after = frozenset(trials) if arguments.trials else CHECKPOINTS.union(trials)
+        traces = _traces(name, evaluations, methods, arguments.seeds or SEEDS[name], trials, after, arguments.front)
         figures[name] = _figures(evaluations, traces, trials, targets)
         lines += _lines(name, figures[name])
     judged = [met for figure in figures.values() for met in figure["targets"].values() if met is not None]
@@ -158,7 +164,7 @@ def quick(_arguments: argparse.Namespace) -> tuple[Answer, list[str]]:
     with scratch() as folder, mock.patch.dict(os.environ, {"RANKSEARCH_CACHE": str(folder / "cache")}):
         evaluations = open_evaluations(open_subject("digits", folder))
         traces = {
-            method: _traces("digits", evaluations, {method: METHODS[method]}, QUICK_SEEDS, [n_trials], "estimated")[
+            method: _traces("digits", evaluations, {method: METHODS[method]}, QUICK_SEEDS, [n_trials], (), "estimated")[
                 method
             ]
             for method, n_trials in asked.items()
@@ -180,6 +186,7 @@ def _traces(
     methods: Mapping[str, Method],
     n_seeds: int,
     trials: Sequence[int],
+    after: Container[int],
     front: str,
 ) -> dict[str, list[Trace]]:
     """By method one trace per seed; methods take turns, so that a run cut short has all of them for its seeds."""
@@ -187,7 +194,7 @@ def _traces(
     for seed in range(n_seeds):
         for method, runner in methods.items():
             started, n_before = time.monotonic(), evaluations.n_new
-            traces[method].append(trace(runner, evaluations, seed, trials, front))
+            traces[method].append(trace(runner, evaluations, seed, trials, after, front))
             told = " ".join(f"{volume_at(traces[method][-1], n):.4f}" for n in trials)
             took = f"{evaluations.n_new - n_before} scored anew, {time.monotonic() - started:.0f} s"
             print(f"{name} seed {seed} {method:16} {told}   {took}", file=sys.stderr, flush=True)

@@ -23,6 +23,8 @@ from ranksearch.weights import packed_bytes
 
 EVALUATIONS = "evaluations.jsonl"
 N_BATCHNORM, SEED = 2048, 0
+# Whose weights are kept; ResNet-56 has 3.4 MB.
+N_MODELS = 128
 # Of what is put on record; a thousandth of an image of ten thousand.
 N_DIGITS = 7
 
@@ -176,12 +178,13 @@ def open_evaluations(subject: Subject, rung: Rung = "quick") -> Evaluations:
 class Measurement:
     """Evaluates plans of a subject as the product does before it trains; what is the same for every plan is kept.
 
-    So is the last plan's model, whose test figures are often asked for next. Nothing is loaded before it is needed.
+    So are the last plans' models, of which some are asked for test figures later. Nothing is loaded before it is
+    needed.
     """
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self._last: tuple[Plan, nn.Module] | None = None
+        self._models: dict[str, nn.Module] = {}
 
     def measure(self, indices: Indices, split: Split) -> Row:
         """The plan's row, and where its time went."""
@@ -224,9 +227,14 @@ class Measurement:
         return row
 
     def _model(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
-        if self._last is None or self._last[0] != plan:
-            self._last = plan, self._compressed(plan, seconds)
-        return self._last[1]
+        name = plan.hash()
+        model = self._models.pop(name, None)
+        if model is None:
+            model = self._compressed(plan, seconds)
+        self._models[name] = model
+        if len(self._models) > N_MODELS:
+            del self._models[next(iter(self._models))]
+        return model
 
     def _compressed(self, plan: Plan, seconds: dict[str, float]) -> nn.Module:
         started = time.perf_counter()

@@ -1,15 +1,15 @@
 """From evaluated plans to figures: hypervolumes on test images, trials that it takes to reach one, pairs by seed."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from search_evaluations import Evaluations, Indices
-from search_runs import Method, record
+from search_runs import Method, Plans, record
 
-from ranksearch.optimization import TrialRecord, estimated_drops, front
-from ranksearch.pareto import REFERENCE_POINT, hypervolume
+from ranksearch.optimization import estimated_drops, front
+from ranksearch.pareto import REFERENCE_POINT, hypervolume, non_dominated
 from ranksearch.spec import OBJECTIVES
 
 # After so many plans, the hypervolume.
@@ -44,63 +44,48 @@ class Target:
         return all(mine >= theirs for mine, theirs in zip(ours, other, strict=True))
 
 
-def trace(method: Method, evaluations: Evaluations, seed: int, trials: Sequence[int], front: str) -> Trace:
-    """The method's hypervolumes by the number of plans: after each, or where runs are not nested, of each run."""
-    volumes_of = FRONTS[front]
+def trace(
+    method: Method, evaluations: Evaluations, seed: int, trials: Sequence[int], after: Container[int], front: str
+) -> Trace:
+    """The method's hypervolumes after these numbers of plans and the last; where runs are not nested, of each run."""
     if method.nested:
-        return volumes_of(evaluations, method.run(evaluations, seed, max(trials)))
+        return volumes(evaluations, method.run(evaluations, seed, max(trials)), after, front)
     found: Trace = {}
     for n_trials in trials:
-        after_each = volumes_of(evaluations, method.run(evaluations, seed, n_trials))
-        if after_each:
-            found[max(after_each)] = after_each[max(after_each)]
+        found |= volumes(evaluations, method.run(evaluations, seed, n_trials), (), front)
     return found
 
 
-def estimated_volumes(evaluations: Evaluations, plans: Iterable[Indices]) -> Trace:
-    """After some plans and the last, the hypervolume on test images of the front that the product makes of them.
-
-    It decides on drops that are estimated out of all trials, instead of those that each measured.
-    """
-    told = [record(evaluations, 0, evaluations.dense)]
-    found: Trace = {}
+def volumes(evaluations: Evaluations, plans: Iterable[Indices], after: Container[int], front: str) -> Trace:
+    """After these numbers of plans and the last, the hypervolume on test images of the front that validation chose."""
+    choose, tried, found = FRONTS[front], Plans(), Trace()
     for number, indices in enumerate(plans, start=1):
-        told.append(record(evaluations, number, indices))
-        if number in CHECKPOINTS:
-            found[number] = _estimated_volume(evaluations, told)
-    last = len(told) - 1
-    return found if last in {0, *found} else {**found, last: _estimated_volume(evaluations, told)}
+        tried.append(indices)
+        if number in after:
+            found[number] = test_volume(evaluations, choose(evaluations, tried))
+    if tried and len(tried) not in found:
+        found[len(tried)] = test_volume(evaluations, choose(evaluations, tried))
+    return found
 
 
-def _estimated_volume(evaluations: Evaluations, told: Sequence[TrialRecord]) -> float:
+def estimated_front(evaluations: Evaluations, tried: Plans) -> Plans:
+    """The front that the product makes: by drops that are estimated out of all trials, not those that each measured."""
+    told = [record(evaluations, number, plan) for number, plan in enumerate([evaluations.dense, *tried])]
     estimates = estimated_drops(evaluations.profile, told, REFERENCE_POINT[0])
-    chosen = front(told, OBJECTIVES, estimates)
-    return test_volume(evaluations, [evaluations.profile.indices(member.plan) for member in chosen])
+    return [evaluations.profile.indices(member.plan) for member in front(told, OBJECTIVES, estimates)]
 
 
-def volumes(evaluations: Evaluations, plans: Iterable[Indices]) -> Trace:
-    """After each plan, the hypervolume on test images of the front so far, which validation images decide.
-
-    Dense is known from the start; of plans that measure the same the first stays.
-    """
-    front, losses = [evaluations.dense], np.array([evaluations.figures(evaluations.dense).losses])
-    found: Trace = {}
-    volume = test_volume(evaluations, front)
-    for number, indices in enumerate(plans, start=1):
-        new = np.array(evaluations.figures(indices).losses)
-        if not (losses <= new).all(axis=1).any():
-            stays = ~(new <= losses).all(axis=1)
-            front = [*(plan for plan, kept in zip(front, stays, strict=True) if kept), indices]
-            losses = np.vstack([losses[stays], new])
-            volume = test_volume(evaluations, front)
-        found[number] = volume
-    return found
+def measured_front(evaluations: Evaluations, tried: Plans) -> Plans:
+    """The plans that no other beats; of those that measure the same the first."""
+    known = [evaluations.dense, *tried]
+    stays = non_dominated(np.array([evaluations.figures(plan).losses for plan in known]))
+    return [plan for plan, is_kept in zip(known, stays, strict=True) if is_kept]
 
 
 # How a front is chosen: by what each plan measured, or as the product does, by what is estimated of it.
-FRONTS: Mapping[str, Callable[[Evaluations, Iterable[Indices]], Trace]] = {
-    "measured": volumes,
-    "estimated": estimated_volumes,
+FRONTS: Mapping[str, Callable[[Evaluations, Plans], Plans]] = {
+    "measured": measured_front,
+    "estimated": estimated_front,
 }
 
 
