@@ -110,6 +110,15 @@ def test_onnx_holds_eight_bits_in_operators_that_every_runtime_has(tmp_path: Pat
     assert {tuple(weight.dims) for weight in int8} >= {(16, 3, 3, 3), (8, 8, 3, 3)}
 
 
+@pytest.mark.slow
+def test_an_exported_program_computes_the_same_compiled(tmp_path: Path) -> None:
+    model, inputs = convolutional()
+    (written,) = write_portable(model, inputs, tmp_path, ["pt2"])
+    session = get_runtime("torch").open(written.path, Target(runtime="torch", mode="compile", threads=1, batch_size=4))
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(inputs.numpy()), model(inputs), rtol=1e-4, atol=1e-5)
+
+
 class Baked(nn.Module):
     """Its batch is a number in its code, or one that tracing takes for a number."""
 
