@@ -121,6 +121,29 @@ def test_contract_holds_compiled() -> None:
     check_runtime(get_runtime("torch"), on_cpu(mode="compile"))
 
 
+class Flattening(nn.Module):
+    """Reads the numbers of its activations in their order, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.classifier = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(512, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.convolution(images).relu()
+        return self.classifier(hidden.view(len(hidden), -1))
+
+
+@pytest.mark.parametrize("name", ["flattening", "volumes"])
+def test_a_model_that_cannot_have_channels_last_runs_as_it_is(name: str, tmp_path: Path) -> None:
+    models = {"flattening": Flattening(), "volumes": nn.Sequential(nn.Conv3d(3, 4, 2), nn.Flatten())}
+    examples = {"flattening": torch.randn(2, 3, 8, 8), "volumes": torch.randn(2, 3, 4, 4, 4)}
+    model, example, target = models[name].eval(), examples[name], on_cpu()
+    opened = RUNTIME.open(RUNTIME.serialise(model, example, target, tmp_path), target)
+    for session in (RUNTIME.prepare(model, example, target), opened):
+        with torch.no_grad():
+            agree(session.run(example.numpy()), model(example), TOLERANCE["f32"])
+
+
 @pytest.mark.slow
 def test_an_exported_model_compiles_too(tmp_path: Path) -> None:
     model, example, target = network(), torch.randn(2, 3, 8, 8), on_cpu(mode="compile")
@@ -318,7 +341,7 @@ def test_records_tell_what_was_set() -> None:
     options = RUNTIME.options(on_cpu(mode="compile", precision="bf16"))
     assert json.loads(json.dumps(options)) == {
         "mode": "compile",
-        "memory_format": "channels_last",
+        "memory_format": "channels_last where the model allows it",
         "precision": "bf16",
         "threads": 1,
         "cache": "warm",

@@ -409,7 +409,8 @@ def test_the_teacher_answers_once_where_the_data_is_fixed():
     teacher.register_forward_hook(lambda *_: asked.append(None))
     fixed = list(train_batches())
     losses = []
-    for batches, n_asked in ((fixed, 12), (train_batches(), 36), (Unknown(fixed), 36)):
+    # Once more where nothing is kept: whether channels may be last is tried.
+    for batches, n_asked in ((fixed, 12), (train_batches(), 37), (Unknown(fixed), 37)):
         asked.clear()
         model = damaged()
         losses.append(fine_tune(model, teacher, batches, F.cross_entropy, recovery(36), seed=0))
@@ -502,3 +503,61 @@ def test_outputs_keep_the_structure_that_the_model_gives(autocast):
 
     losses = fine_tune(Model(), Model(), train_batches(), loss, recovery(6), seed=0, autocast=autocast)
     assert len(losses) == 6 and not diverged(losses)
+
+
+class Flattening(nn.Module):
+    """Reads the numbers of its activations in their order, as many models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.classifier = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(96, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.max_pool2d(self.convolution(images).relu(), 2)
+        return self.classifier(hidden.view(len(hidden), -1))
+
+
+def pairs() -> list[tuple[Tensor, Tensor]]:
+    """A batch of images of two channels."""
+    images, labels = digits()
+    return [(torch.cat([images[:50], images[50:100]], 1), labels[:50])]
+
+
+def channels_were_last(model: nn.Module, loss: object = F.cross_entropy, **changes: float) -> bool:
+    """Whether they were in the weights of the first convolution while it was trained; afterwards they are not."""
+    weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+    were_last = []
+
+    def note(_step: Step) -> None:
+        were_last.append(not weight.is_contiguous())
+
+    settings = Recovery(steps=2, learning_rate=0.01, **changes)
+    losses = recover(model, copy.deepcopy(model), pairs(), loss, settings, seed=0, on_step=note)
+    assert len(losses) == 2 and not diverged(losses)
+    assert weight.is_contiguous()
+    (found,) = set(were_last)
+    return found
+
+
+def test_channels_are_last_in_training() -> None:
+    assert channels_were_last(nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 10)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_outputs": 1.0}, {"distillation": 0.0}], ids=str)
+def test_a_model_that_reads_numbers_in_order_is_trained_as_it_is(changes: dict[str, float]) -> None:
+    assert not channels_were_last(Flattening(), **changes)
+
+
+def test_a_loss_that_reads_numbers_in_order_gets_them_so() -> None:
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.view(len(outputs), 10, 64), labels[:, None].expand(-1, 64))
+
+    assert channels_were_last(nn.Sequential(nn.Conv2d(2, 10, 3, padding=1)), loss)
+
+
+def test_a_function_of_ones_own_trains_the_model_as_it_is() -> None:
+    def own(given: nn.Module, _budget: Budget) -> None:
+        ((images, labels),) = pairs()
+        F.cross_entropy(given(images), labels).backward()
+
+    assert recover(model := Flattening(), model, [], F.cross_entropy, Recovery(fine_tune=own, steps=1), seed=0) == []

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import call_model
+from ranksearch.layers import call_model, evaluating
+from ranksearch.memory_format import channels_last, takes_channels_last
 from ranksearch.recovery.batchnorm import batchnorms
 from ranksearch.recovery.budget import SCHEDULES
 from ranksearch.recovery.distillation import Teacher, distillation_loss
 from ranksearch.recovery.factors import ProductDecay
 from ranksearch.recovery.layer_outputs import LayerOutputs
-from ranksearch.recovery.training_state import bfloat16_is_fast, is_convolutional, is_finite, snapshot
+from ranksearch.recovery.training_state import bfloat16_is_fast, is_finite, snapshot
 from ranksearch.recovery_settings import Recovery
 from ranksearch.trees import count_rows, map_tensors
 
@@ -69,7 +70,8 @@ class Trainer:
         chosen = OPTIMIZERS[recovery.optimizer]
         self.decays_apart = chosen.decays_apart
         self.optimizer = chosen.make(_groups(self.parameters, self.decay, recovery.weight_decay))
-        self.channels_last = is_convolutional(model)
+        # Until the first batch tells.
+        self.channels_last: bool | None = None
         self.best_loss, self.best = math.inf, snapshot(model)
         self.losses: list[float] = []
         self.n_judged, self.n_snapshots = 0, 0
@@ -82,7 +84,9 @@ class Trainer:
         for norm in self.norms:
             norm.train(count_rows(inputs) > 1)  # one example has no variance
         self.optimizer.zero_grad(set_to_none=True)
-        total = self._loss(inputs, map_tensors(targets, lambda t: t.to(self.recovery.device)))
+        if self.channels_last is None:
+            self.channels_last = takes_channels_last(self.model, lambda: self._try_channels_last(inputs))
+        total = self._loss(inputs, map_tensors(targets, lambda t: t.to(self.recovery.device)), self.channels_last)
         value = float(total.detach())
         if not math.isfinite(value):
             return value
@@ -102,26 +106,34 @@ class Trainer:
         """Puts the best weights back, in place."""
         self.model.load_state_dict(self.best)
 
-    def _loss(self, given: Any, targets: Any) -> Tensor:
-        device_type, recovery, inputs = torch.device(self.recovery.device).type, self.recovery, self._placed(given)
-        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.autocast):
-            is_taught = recovery.distillation > 0 or self.layers is not None
-            wanted = self.teacher.outputs(given, inputs) if is_taught else None
-            outputs = call_model(self.model, inputs)
-        outputs, wanted = _in_single(outputs), _in_single(wanted)
+    def _try_channels_last(self, inputs: Any) -> None:
+        """Outputs of which nothing stays."""
+        try:
+            with evaluating(self.model):
+                self._outputs(inputs, is_channels_last=True)
+        finally:
+            if self.layers is not None:
+                self.layers.outputs.clear()
+
+    def _loss(self, inputs: Any, targets: Any, is_channels_last: bool) -> Tensor:
+        recovery = self.recovery
+        outputs, wanted = map(_plain, self._outputs(inputs, is_channels_last))
         distil = recovery.distillation_loss or functools.partial(distillation_loss, loss=self.loss)
         total: Tensor = (1 - recovery.distillation) * self.loss(outputs, targets)
         if recovery.distillation:
             total = total + recovery.distillation * distil(outputs, wanted)
         return total if self.layers is None else total + recovery.layer_outputs * self.layers.distance()
 
-    def _placed(self, inputs: Any) -> Any:
-        def place(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(self.recovery.device)
-            images = self.channels_last and tensor.dim() == 4
-            return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
-
-        return map_tensors(inputs, place)
+    def _outputs(self, given: Any, is_channels_last: bool) -> tuple[Any, Any]:
+        """The model's and, where it is asked, the teacher's."""
+        inputs = map_tensors(given, lambda t: t.to(self.recovery.device))
+        if is_channels_last:
+            inputs = channels_last(inputs)
+        device_type = torch.device(self.recovery.device).type
+        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=self.autocast):
+            is_taught = self.recovery.distillation > 0 or self.layers is not None
+            wanted = self.teacher.outputs(given, inputs) if is_taught else None
+            return call_model(self.model, inputs), wanted
 
     def _remember(self, value: float, share: float) -> None:
         """Keeps the weights, before they change, whenever the mean loss since the last look is the lowest so far."""
@@ -151,8 +163,8 @@ def _groups(parameters: list[nn.Parameter], decay: ProductDecay, weight_decay: f
     ]
 
 
-def _in_single(outputs: Any) -> Any:
-    """Outputs with half-precision tensors in float32; of structures that are the user's own, as they are."""
+def _plain(outputs: Any) -> Any:
+    """Outputs as losses know them, in float32 and in order; of structures that are the user's own, as they are."""
     if type(outputs) not in (Tensor, tuple, list, dict):
         return outputs
-    return map_tensors(outputs, lambda t: t.float() if t.is_floating_point() else t)
+    return map_tensors(outputs, lambda t: t.float().contiguous() if t.is_floating_point() else t)

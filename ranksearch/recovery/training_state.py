@@ -1,4 +1,4 @@
-"""How a model is while it is trained: its mode, place, memory format and random numbers, all of which come back."""
+"""How a model is while it is trained: its mode, place and random numbers, all of which come back."""
 
 import random
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ranksearch.memory_format import in_order
 from ranksearch.runtimes.base import host_isa
 
 
@@ -29,20 +30,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def in_training(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model in train mode on `device`; its modes, device and memory format come back."""
+    """The model in train mode on `device`; its modes and device come back, its weights' numbers in their order."""
     modes = {module: module.training for module in model.modules()}
     home = next(model.parameters()).device
-    convolutional = is_convolutional(model)
     model.train().to(device)
-    if convolutional:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         yield
     finally:
         model.to(home)
-        if convolutional:
-            # safetensors writes contiguous tensors only.
-            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        in_order(model)
         model.zero_grad(set_to_none=True)
         for module, training in modes.items():
             module.training = training
@@ -53,12 +49,6 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(host_isa().split())
-
-
-def is_convolutional(model: nn.Module) -> bool:
-    """Whether channels-last suits the model; torch refuses it to weights of five dimensions."""
-    dimensions = {p.dim() for p in model.parameters()}
-    return 4 in dimensions and 5 not in dimensions
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

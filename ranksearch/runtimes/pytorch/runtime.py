@@ -89,7 +89,7 @@ class TorchRuntime(AbstractRuntime):
 
         options: dict[str, str | int] = {
             "mode": target.mode,
-            "memory_format": "channels_last",
+            "memory_format": "channels_last where the model allows it",
             "precision": target.precision,
             "threads": available_threads(target),
             "cache": "warm",

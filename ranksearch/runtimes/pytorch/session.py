@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
+from ranksearch.memory_format import channels_last, takes_channels_last
 from ranksearch.runtimes.base import AbstractSession, available_threads, host_isa
 from ranksearch.runtimes.naming import named_layers
 from ranksearch.runtimes.outputs import flat_outputs
 from ranksearch.runtimes.pytorch.cuda import Accelerator, DeviceCall
-from ranksearch.runtimes.pytorch.engines import ENGINES, Engine
+from ranksearch.runtimes.pytorch.engines import ENGINES, Eager, Engine
 from ranksearch.runtimes.pytorch.integers import IntegerProduct, integer_layers
 from ranksearch.runtimes.rounding import fix_weights
 from ranksearch.runtimes.structure import Structure, check_shape, leaves_of, named_leaves, structure_of
@@ -132,9 +133,11 @@ def in_precision(example: Any, target: Target) -> Any:
 def open_session(loaded: Loaded, target: Target, device: Accelerator | None) -> "TorchSession":
     """The module on its device, ready to run: compiled or captured for the example."""
     place = torch.device("cpu") if device is None else device.place
-    module = loaded.module.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = loaded.module.to(place)
     settings = Settings(available_threads(target), numerics(target.precision), on_gpu=device is not None)
-    inputs = _Inputs(loaded.example, device)
+    plain, eager = _Inputs(loaded.example, device, is_channels_last=False), Eager(module, settings, device)
+    is_channels_last = takes_channels_last(module, lambda: eager.run(channels_last(plain.tensors(loaded.example))))
+    inputs = _Inputs(loaded.example, device, is_channels_last=is_channels_last)
     engine = ENGINES[target.mode](module, settings, device)
     engine.warm_up(inputs.tensors(loaded.example))
     precision = "f32" if target.precision == "default" and device is None else target.precision
@@ -197,7 +200,8 @@ class TorchSession(AbstractSession):
 class _Inputs:
     """What the model was prepared for: the names, shapes and types of its inputs."""
 
-    def __init__(self, example: Any, device: Accelerator | None) -> None:
+    def __init__(self, example: Any, device: Accelerator | None, *, is_channels_last: bool) -> None:
+        self._is_channels_last = is_channels_last
         self._structure: Structure = structure_of(example)
         self._wanted: dict[str, Tensor] = {
             name: leaf.to("meta") for name, leaf in zip(self._structure.names, leaves_of(example), strict=True)
@@ -218,8 +222,7 @@ class _Inputs:
         if tensor.is_floating_point() != wanted.is_floating_point():
             raise MeasurementError(f"input {name!r} has type {tensor.dtype}; the model was prepared for {wanted.dtype}")
         copied = tensor.to(wanted.dtype, copy=True)
-        in_order = copied.contiguous(memory_format=torch.channels_last) if copied.dim() == 4 else copied.contiguous()
-        return self._move(in_order)
+        return self._move(channels_last(copied) if self._is_channels_last else copied.contiguous())
 
 
 def _kept(tensor: Tensor) -> Tensor:
