@@ -1,12 +1,14 @@
 """Channels last in memory: faster for convolutions, wherever the model's own code goes along."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ranksearch.trees import map_tensors
+from ranksearch.layers import call_model, evaluating
+from ranksearch.trees import map_tensors, pick_rows
 
 
 def is_convolutional(model: nn.Module) -> bool:
@@ -18,6 +20,22 @@ def is_convolutional(model: nn.Module) -> bool:
 def channels_last(tree: Any) -> Any:
     """The tensors of four axes with channels last, the others as they are."""
     return map_tensors(tree, lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+
+
+@contextmanager
+def channels_last_weights(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Channels are last in the model's weights while it is open, if two rows of the inputs go through it so."""
+
+    def run() -> None:
+        with evaluating(model):
+            call_model(model, pick_rows(inputs, slice(0, 2)))
+
+    takes = takes_channels_last(model, run)
+    try:
+        yield
+    finally:
+        if takes:
+            in_order(model)
 
 
 def takes_channels_last(model: nn.Module, run: Callable[[], Any]) -> bool:

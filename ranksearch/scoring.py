@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ranksearch.errors import StudyError
 from ranksearch.intervals import bootstrap_interval, flips_interval, mean_interval
 from ranksearch.layers import call_model, evaluating
+from ranksearch.memory_format import channels_last_weights
 from ranksearch.spec import Batches, CorpusScore, Score
 from ranksearch.trees import concatenate, count_rows, is_classification, map_tensors, pick_rows, tensor_bytes, tensors
 
@@ -85,7 +86,7 @@ def score_model(
     needs_outputs = kind == "corpus" and reduce is None
     with _predicting(predict) as run:
         for index, (inputs, targets) in enumerate(batches):
-            outputs = map_tensors(run(inputs), lambda t: t.detach().cpu())
+            outputs = map_tensors(run(inputs), lambda t: t.detach().cpu().contiguous())
             n_rows = count_rows(inputs)
             n_examples += n_rows
             if kind == "example":
@@ -173,8 +174,17 @@ def same_twice(batches: Batches, source: str = "validation") -> None:
 @contextmanager
 def _predicting(predict: Predict | nn.Module) -> Iterator[Predict]:
     if isinstance(predict, nn.Module):
-        with evaluating(predict):
-            yield lambda inputs: call_model(predict, inputs)
+        with evaluating(predict), ExitStack() as stack:
+            arranged = False
+
+            def run(inputs: Any) -> Any:
+                nonlocal arranged
+                if not arranged:
+                    stack.enter_context(channels_last_weights(predict, inputs))
+                    arranged = True
+                return call_model(predict, inputs)
+
+            yield run
     else:
         with torch.no_grad():
             yield predict

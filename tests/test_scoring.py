@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
 from ranksearch.scores import top1
@@ -221,3 +221,36 @@ def test_detections_are_judged_by_the_image_however_many_they_are() -> None:
         lambda inputs: [{"boxes": torch.randn(5, 4)} for _ in inputs], images, corpus_score(lambda *_: 0.5)
     )
     assert found.n_examples == found.n_judged == 6
+
+
+class Flattening(nn.Module):
+    """Reads the numbers of its activations in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.classifier = nn.Conv2d(2, 6, 3), nn.Linear(216, 4)
+        self.were_last: list[bool] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.convolution(images)
+        self.were_last.append(not self.convolution.weight.is_contiguous())
+        return self.classifier(hidden.view(len(hidden), -1))
+
+
+def test_a_model_is_scored_with_channels_last_only_where_it_takes_them_so() -> None:
+    model, batches = Flattening(), [(torch.randn(8, 2, 8, 8), torch.randint(0, 4, (8,))) for _ in range(2)]
+    with torch.no_grad():
+        expected = torch.cat([model(inputs) for inputs, _ in batches])
+    model.were_last.clear()
+    outputs = score_model(model, batches, top1).outputs
+    assert torch.equal(outputs, expected) and model.were_last == [True, False, False]
+    # Maps of 8 by 8 as outputs: scores get them in order, as they would without.
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1))
+    strides = []
+
+    def score(outputs: Tensor, _targets: Tensor) -> Tensor:
+        strides.append(model[0].weight.is_contiguous())
+        return outputs.view(len(outputs), -1).mean(1)
+
+    score_model(model, batches, score)
+    assert strides == [False, False] and model[0].weight.is_contiguous()
