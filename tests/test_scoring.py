@@ -243,7 +243,7 @@ def test_a_model_is_scored_with_channels_last_only_where_it_takes_them_so() -> N
         expected = torch.cat([model(inputs) for inputs, _ in batches])
     model.were_last.clear()
     outputs = score_model(model, batches, top1).outputs
-    assert torch.equal(outputs, expected) and model.were_last == [True, False, False]
+    assert torch.equal(outputs, expected) and model.were_last == [False, True, False, False]
     # Maps of 8 by 8 as outputs: scores get them in order, as they would without.
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1))
     strides = []
@@ -254,3 +254,22 @@ def test_a_model_is_scored_with_channels_last_only_where_it_takes_them_so() -> N
 
     score_model(model, batches, score)
     assert strides == [False, False] and model[0].weight.is_contiguous()
+
+
+class Striding(nn.Module):
+    """Reads numbers where they would be in order, and says nothing where they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.convolution(images)
+        return hidden.as_strided((len(images), 6, 36), (216, 36, 1)).amax(2)
+
+
+def test_a_model_that_would_silently_give_other_outputs_keeps_its_channels() -> None:
+    model, images = Striding(), torch.randn(8, 2, 8, 8)
+    with torch.no_grad():
+        expected = model(images)
+    assert torch.equal(score_model(model, [(images, torch.zeros(8, dtype=torch.long))], top1).outputs, expected)

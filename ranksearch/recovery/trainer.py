@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import call_model, evaluating
+from ranksearch.layers import call_model
 from ranksearch.memory_format import channels_last, takes_channels_last
 from ranksearch.recovery.batchnorm import batchnorms
 from ranksearch.recovery.budget import SCHEDULES
@@ -84,9 +84,7 @@ class Trainer:
         for norm in self.norms:
             norm.train(count_rows(inputs) > 1)  # one example has no variance
         self.optimizer.zero_grad(set_to_none=True)
-        if self.channels_last is None:
-            self.channels_last = takes_channels_last(self.model, lambda: self._try_channels_last(inputs))
-        total = self._loss(inputs, map_tensors(targets, lambda t: t.to(self.recovery.device)), self.channels_last)
+        total = self._loss(inputs, map_tensors(targets, lambda t: t.to(self.recovery.device)))
         value = float(total.detach())
         if not math.isfinite(value):
             return value
@@ -106,23 +104,25 @@ class Trainer:
         """Puts the best weights back, in place."""
         self.model.load_state_dict(self.best)
 
-    def _try_channels_last(self, inputs: Any) -> None:
-        """Outputs of which nothing stays."""
-        try:
-            with evaluating(self.model):
-                self._outputs(inputs, is_channels_last=True)
-        finally:
-            if self.layers is not None:
-                self.layers.outputs.clear()
-
-    def _loss(self, inputs: Any, targets: Any, is_channels_last: bool) -> Tensor:
+    def _loss(self, inputs: Any, targets: Any) -> Tensor:
         recovery = self.recovery
-        outputs, wanted = map(_plain, self._outputs(inputs, is_channels_last))
+        outputs, wanted = map(_plain, self._arranged(inputs))
         distil = recovery.distillation_loss or functools.partial(distillation_loss, loss=self.loss)
         total: Tensor = (1 - recovery.distillation) * self.loss(outputs, targets)
         if recovery.distillation:
             total = total + recovery.distillation * distil(outputs, wanted)
         return total if self.layers is None else total + recovery.layer_outputs * self.layers.distance()
+
+    def _arranged(self, inputs: Any) -> tuple[Any, Any]:
+        """The outputs with channels last, unless the first batch did not go through so."""
+        if self.channels_last is None:
+            first: list[tuple[Any, Any]] = []
+            self.channels_last = takes_channels_last(self.model, lambda: first.append(self._outputs(inputs, True)))
+            if first:
+                return first[0]
+            if self.layers is not None:
+                self.layers.outputs.clear()
+        return self._outputs(inputs, self.channels_last)
 
     def _outputs(self, given: Any, is_channels_last: bool) -> tuple[Any, Any]:
         """The model's and, where it is asked, the teacher's."""

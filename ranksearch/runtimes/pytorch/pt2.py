@@ -100,7 +100,7 @@ def _save(program: ExportedProgram, path: Path) -> None:
 
 
 def exportable(model: nn.Module) -> nn.Module:
-    """A copy of the model that torch.export takes: its quantizers as torch imitates them, their scales fixed."""
+    """A copy of the model that torch.export takes: its quantizers as torch imitates them."""
     return gives_flat_outputs(fix_weights(copy_model(model).cpu().eval()))
 
 
