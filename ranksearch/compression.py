@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from ranksearch.decompositions import DECOMPOSITIONS, check_choice
 from ranksearch.errors import DecompositionError, PlanError
-from ranksearch.factored import Factored
+from ranksearch.factored import Factored, telling
 from ranksearch.factorisations import Factorisations
 from ranksearch.finding import can_be_split, compressible_layers
 from ranksearch.inputs import check_inputs
@@ -172,17 +171,6 @@ def compress(
     return _rounded(compressed, plan, weight_limit, shared, calibration)
 
 
-def _telling(module: nn.Module, spec: WeightSpec) -> nn.Module:
-    """The module (in place) that stands for a layer of this spec, telling sizes and strides as that did.
-
-    Some models read them, as transformers' MobileNetV2 does to pad.
-    """
-    for field in fields(spec):
-        if field.name != "bias":
-            setattr(module, field.name, getattr(spec, field.name))
-    return module
-
-
 def _rounded(
     model: nn.Module, plan: Plan, weight_limit: int, shared: SharedTensors, calibration: Batches | None
 ) -> nn.Module:
@@ -245,7 +233,7 @@ def _built(layer: nn.Module, choice: LayerChoice) -> nn.Module:
         assert not isinstance(spec, EmbeddingSpec), "checked by check_plan"
         built = DECOMPOSITIONS[choice.decomposition].build(spec, choice.ranks, choice.factor_options)
         built = Factored(*built) if type(built) is nn.Sequential else built
-    return _telling(built.to(layer.get_parameter("weight")).train(layer.training), spec)
+    return telling(built.to(layer.get_parameter("weight")).train(layer.training), spec)
 
 
 def _placeholder(layer: nn.Module, choice: LayerChoice) -> nn.Module:
@@ -345,7 +333,7 @@ def _quantized_modules(model: nn.Module, plan: Plan, weight_limit: int, clips: b
             weights, rounds_inputs = weight_format(choice, weight_limit), choice.activation_bits == 8
             for path, module in _factor_modules(model.get_submodule(layer)).items():
                 quantized = quantize_module(module, weights, rounds_inputs=rounds_inputs, clips=clips)
-                yield _join(layer, path), _telling(quantized, quantized.spec)
+                yield _join(layer, path), telling(quantized, quantized.spec)
 
 
 def weight_format(choice: LayerChoice, weight_limit: int) -> WeightFormat:

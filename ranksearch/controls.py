@@ -14,7 +14,7 @@ from ranksearch.evaluation import FRONT_COLUMNS
 from ranksearch.finding import WeightInfo
 from ranksearch.home import StudyHome, write_json
 from ranksearch.home_records import control_records
-from ranksearch.layers import EmbeddingSpec, WeightSpec
+from ranksearch.layers import EmbeddingSpec, WeightSpec, in_eval_mode
 from ranksearch.plan import DENSE, LayerChoice, Plan
 from ranksearch.recovery import recover
 from ranksearch.remeasure import MAX_LATENCY_SECONDS, Judge, drop_columns
@@ -157,7 +157,7 @@ def _fine_tuned_row(bench: Workbench, dense_latency_ms: float) -> Row:
     spec = bench.spec
     model = copy_model(bench.model)
     recover(model, bench.model, bench.train, spec.loss, spec.recovery, seed=spec.seed)
-    return _dense_row(bench, model.eval(), dense_latency_ms)
+    return _dense_row(bench, in_eval_mode(model), dense_latency_ms)
 
 
 def _dense_row(bench: Workbench, model: nn.Module, dense_latency_ms: float) -> Row:

@@ -19,7 +19,7 @@ from ranksearch.compression import calibrate_ranges, rebuild
 from ranksearch.disk import at_the_door, check_room
 from ranksearch.errors import PlanError, StudyError
 from ranksearch.home import read_json, write_json
-from ranksearch.layers import call_model, evaluating
+from ranksearch.layers import call_model, evaluating, in_eval_mode
 from ranksearch.load_example import LOAD_EXAMPLE, loading_script, with_ranksearch
 from ranksearch.plan import Plan, Provenance, Quantizer
 from ranksearch.quantization import activation_quantizers, freeze
@@ -115,7 +115,7 @@ def load(directory: str | Path, model: nn.Module) -> nn.Module:
         load_stored(loaded, load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise PlanError(f"{folder / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
-    return loaded.eval()
+    return in_eval_mode(loaded)
 
 
 def _check_own(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What stands for a layer that was factored."""
 
-from typing import TypeGuard
+from dataclasses import fields
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -22,3 +23,14 @@ class Factored(nn.Sequential):
 def is_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether it does nothing but run its modules one after the other: a subclass of a user's may do more."""
     return type(module) in (nn.Sequential, Factored)
+
+
+def telling(module: nn.Module, spec: Any) -> nn.Module:
+    """The module (in place) that stands for a layer of this spec, telling sizes and strides as that did.
+
+    Some models read them, as transformers' MobileNetV2 does to pad.
+    """
+    for field in fields(spec):
+        if field.name != "bias":
+            setattr(module, field.name, getattr(spec, field.name))
+    return module

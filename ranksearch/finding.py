@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ranksearch.errors import StudyError
+from ranksearch.factored import Factored, telling
 from ranksearch.layers import (
     EmbeddingSpec,
     LayerSpec,
@@ -21,6 +22,7 @@ from ranksearch.layers import (
     first_argument,
     weight_spec,
 )
+from ranksearch.surgery import replace_modules
 from ranksearch.trees import tensors
 
 # What is a layer, or becomes one by rs.expose_layers.
@@ -121,6 +123,40 @@ def compressible_layers(model: nn.Module, example: Any) -> FoundLayers:
     return FoundLayers(layers=layers, skipped=skipped, embeddings=embeddings)
 
 
+def irreplaceable_layers(model: nn.Module, example: Any, layers: Mapping[str, WeightInfo]) -> dict[str, str]:
+    """The layers in whose place no factors can be, with the reason: the model reads their weight, or asks their class.
+
+    Found by putting the layer itself behind what would stand for it: all of them at once, then one by one.
+    """
+    if "" in layers:  # the model is a layer, and has no code of its own around it
+        return {}
+    with evaluating(model):
+        expected = tensors(call_model(model, example))
+        if _stands_in(model, example, layers, expected) is None:
+            return {}
+        told = {name: _stands_in(model, example, {name: info}, expected) for name, info in layers.items()}
+    return {name: reason for name, reason in told.items() if reason is not None}
+
+
+def _stands_in(
+    model: nn.Module, example: Any, layers: Mapping[str, WeightInfo], expected: Sequence[Tensor]
+) -> str | None:
+    """Why the model does not give the same with something else in the layers' place; None where it does."""
+    originals = {name: model.get_submodule(name) for name in layers}
+    replace_modules(model, {name: telling(Factored(originals[name]), info.spec) for name, info in layers.items()})
+    try:
+        found = tensors(call_model(model, example))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        return f"the model reads its weight, or asks for its class, beside calling it ({first})"
+    finally:
+        replace_modules(model, originals)
+    same = len(found) == len(expected) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True)
+    )
+    return None if same else "the model asks for its class: with another module in its place it gives other outputs"
+
+
 def unread_layers(model: nn.Module, example: Any, layers: Iterable[str]) -> dict[str, str]:
     """The layers on which nothing that the model gives depends, such as a pooler that is not read, with that reason.
 
@@ -149,7 +185,8 @@ def unread_layers(model: nn.Module, example: Any, layers: Iterable[str]) -> dict
         for handle in handles:
             handle.remove()
     reached = {name: [next(gradients) is not None for _ in outputs] for name, outputs in given.items()}
-    return {name: "nothing that the model gives depends on it" for name, calls in reached.items() if not any(calls)}
+    reason = "nothing that the model gives depends on it, or no gradient reaches it (torch.no_grad, detach)"
+    return {name: reason for name, calls in reached.items() if not any(calls)}
 
 
 def _info(name: str, module: nn.Module, calls: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> WeightInfo:

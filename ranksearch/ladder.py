@@ -16,7 +16,7 @@ from ranksearch.early_stopping import StopRule
 from ranksearch.evaluation import Evaluation
 from ranksearch.factorisations import Factorisations
 from ranksearch.latency import Latency
-from ranksearch.layers import count_macs
+from ranksearch.layers import count_macs, in_eval_mode
 from ranksearch.plan import Plan
 from ranksearch.progressive import compress_in_stages, n_cuts
 from ranksearch.quantization import freeze
@@ -117,7 +117,7 @@ class Evaluator:
         """Latency and bytes, from the architecture alone: cheap, so it comes first."""
         bench = self.bench
         with self._timed(seconds, "build"):
-            candidate = rebuild(bench.model, plan, bench.weight_limit, bench.shared).eval()
+            candidate = in_eval_mode(rebuild(bench.model, plan, bench.weight_limit, bench.shared))
             model_bytes, n_params = packed_bytes(candidate), count_params(candidate)
             macs = count_macs(candidate, first_rows(bench.calibration, 1))
         with self._timed(seconds, "convert"):
@@ -160,14 +160,15 @@ class Evaluator:
     def _cut(self, source: nn.Module, plan: Plan) -> nn.Module:
         bench = self.bench
         known = self.factorisations if source is bench.source else bench.factorisations_of(source)
-        return compress(
+        compressed = compress(
             source,
             plan,
             calibration=bench.calibration,
             factorisations=known,
             weight_limit=bench.weight_limit,
             shared=bench.shared,
-        ).eval()
+        )
+        return in_eval_mode(compressed)
 
     def _train(self, model: nn.Module, share: float) -> None:
         """Training between stages, for a share of the budget."""

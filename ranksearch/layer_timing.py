@@ -14,7 +14,7 @@ from ranksearch.compression import rebuild
 from ranksearch.device import timed_cores
 from ranksearch.finding import LayerInfo
 from ranksearch.latency import Call, compare, timed_call
-from ranksearch.layers import ConvSpec
+from ranksearch.layers import ConvSpec, in_eval_mode
 from ranksearch.memory import release_freed_memory
 from ranksearch.plan import LayerChoice, Plan
 from ranksearch.quantization import SharedTensors
@@ -143,7 +143,7 @@ class PlanTimer:
         return ratio
 
     def _ratio(self, plan: Plan) -> float:
-        model = rebuild(self.model, plan, self.runtime.weight_limit(self.target), self.shared).eval()
+        model = in_eval_mode(rebuild(self.model, plan, self.runtime.weight_limit(self.target), self.shared))
         arrays = structure_of(self.example).arrange([leaf.detach().cpu().numpy() for leaf in leaves_of(self.example)])
         with timed_cores(self.target):
             sessions = (self.runtime.prepare(model, self.example, self.target), self.dense)

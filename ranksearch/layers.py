@@ -153,13 +153,19 @@ def first_argument(arguments: tuple[Tensor, ...], named: Mapping[str, Tensor]) -
     return arguments[0] if arguments else next(iter(named.values()))
 
 
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """The model, put in eval mode (in place); a `train` of its own, which eval() calls, may give nothing back."""
+    model.eval()
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode without gradients; every submodule's mode comes back afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            yield model.eval() if any(modes.values()) else model
+            yield in_eval_mode(model) if any(modes.values()) else model
     finally:
         for module, training in modes.items():
             # Setting an attribute of a module takes ten times as long as reading it.

@@ -1,7 +1,7 @@
 """Channels last in memory: faster for convolutions, wherever the model's own code goes along."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,17 +28,7 @@ def channels_last(tree: Any) -> Any:
 @contextmanager
 def channels_last_weights(model: nn.Module, inputs: Any) -> Iterator[None]:
     """Channels are last in the model's weights while it is open, if two rows of the inputs give the same so."""
-    rows, expected = pick_rows(inputs, slice(0, 2)), None
-
-    def outputs() -> list[Tensor]:
-        with evaluating(model):
-            return tensors(call_model(model, rows))
-
-    if is_convolutional(model):
-        # Whatever is wrong with the inputs is told where they are used.
-        with suppress(Exception):
-            expected = outputs()
-    takes = expected is not None and takes_channels_last(model, lambda: _check_alike(outputs(), expected))
+    takes = takes_channels_last(model, lambda _is_last: outputs_of_two_rows(model, inputs))
     try:
         yield
     finally:
@@ -46,28 +36,38 @@ def channels_last_weights(model: nn.Module, inputs: Any) -> Iterator[None]:
             in_order(model)
 
 
-def _check_alike(outputs: list[Tensor], expected: list[Tensor]) -> None:
-    """Raises ValueError for outputs that differ by more than sums in another order do, and values at a step's edge."""
-    for found, wanted in zip(outputs, expected, strict=True):
-        if not float((found - wanted).float().norm()) <= MAX_DIFFERENCE * float(wanted.float().norm()):
-            raise ValueError("channels last give other outputs")
+def outputs_of_two_rows(model: nn.Module, inputs: Any) -> Any:
+    """What the model gives in eval mode for the first two examples."""
+    with evaluating(model):
+        return call_model(model, pick_rows(inputs, slice(0, 2)))
 
 
-def takes_channels_last(model: nn.Module, run: Callable[[], Any]) -> bool:
-    """Puts channels last in the model's weights (in place), unless `run`, which calls it, raises then.
+def takes_channels_last(model: nn.Module, run: Callable[[bool], Any]) -> bool:
+    """Puts channels last in the model's weights (in place) if it gives the same so.
 
-    Code that reads the numbers of an activation in their order does, as `x.view(x.size(0), -1)`; weights are in their
-    order again after it.
+    `run` calls the model; it is told whether channels are last in the weights. Code that reads the numbers of an
+    activation in their order raises then (`x.view(x.size(0), -1)`), or gives something else (`as_strided`): weights
+    are in their order again afterwards.
     """
     if not is_convolutional(model):
         return False
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        run()
+        expected = tensors(run(False))
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        same = _are_alike(tensors(run(True)), expected)
     except Exception:
+        same = False
+    if not same:
         in_order(model)
-        return False
-    return True
+    return same
+
+
+def _are_alike(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether outputs differ by no more than sums in another order do, and values at the edge of a step."""
+    return all(
+        float((a - b).float().norm()) <= MAX_DIFFERENCE * float(b.float().norm())
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 def in_order(model: nn.Module) -> None:

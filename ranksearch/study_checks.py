@@ -17,7 +17,7 @@ from ranksearch.plan import DENSE
 from ranksearch.runtimes import AbstractRuntime
 from ranksearch.scoring import same_twice, score_kind
 from ranksearch.spec import Data, StudySpec, tied_layers
-from ranksearch.trees import count_rows
+from ranksearch.trees import count_rows, map_tensors, pick_rows, tensors
 
 T = TypeVar("T")
 MAX_CALIBRATION_EXAMPLES = 1024
@@ -63,21 +63,64 @@ def take_calibration(spec: StudySpec, data: Data) -> list[tuple[Any, Any]]:
     return taken
 
 
-def check_dense(spec: StudySpec, model: nn.Module, batch: tuple[Any, Any]) -> None:
-    """Raises StudyError for other floats than float32, a batch that does not fit, and a loss that is not finite."""
+def check_python(spec: StudySpec, model: nn.Module) -> None:
+    """Raises StudyError for a model of TorchScript, in whose layers' place nothing can be put."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            place = f"module {name!r}" if name else "the model"
+            raise StudyError(
+                f"study {spec.name!r}: {place} is a {type(module).__name__} of TorchScript, whose layers cannot be "
+                "replaced; give the nn.Module that it was made from"
+            )
+
+
+def check_dense(spec: StudySpec, model: nn.Module, given: nn.Module, batch: tuple[Any, Any]) -> None:
+    """Raises StudyError for other floats than float32, a batch that does not fit, weights that are not registered,
+    outputs that differ from call to call, and a loss that is not finite.
+
+    `model` is a copy of the study's own, `given`.
+    """
     inputs, targets = batch
     if (told := other_floats(model)) is not None:
         raise StudyError(f"study {spec.name!r}: {told}")
     try:
         check_inputs(model, inputs)
         with evaluating(model):
-            loss = torch.as_tensor(spec.loss(call_model(model, inputs), targets))
+            outputs = call_model(model, _own(inputs))
+        again = _in_frozen(model, _own(inputs))
     except StudyError as error:
         raise StudyError(f"study {spec.name!r}: {error}") from None
     except RuntimeError as error:
         if (told := other_floats_given(model, inputs)) is None:
             raise
         raise StudyError(f"study {spec.name!r}: {told}") from error
+    except (AttributeError, KeyError) as error:
+        if not _runs(given, inputs):
+            raise
+        raise StudyError(
+            f"study {spec.name!r}: a copy of the model raises {type(error).__name__} ({error}) where the model itself "
+            "does not; a hook or a function that holds the model keeps its results there and not in a copy"
+        ) from error
+    _check_one_row(spec, model, inputs)
+    if any(tensor.requires_grad for tensor in tensors(again)):
+        raise StudyError(
+            f"study {spec.name!r}: the model computes with weights that it does not register, such as layers in a "
+            "plain list, which no copy, file or optimiser holds; put them into an nn.ModuleList"
+        )
+    if not _are_alike(outputs, again):
+        raise StudyError(
+            f"study {spec.name!r}: in eval mode the model gives other outputs for the same inputs the second time; "
+            "F.dropout, for one, needs training=self.training"
+        )
+    try:
+        with torch.no_grad():
+            loss = torch.as_tensor(spec.loss(outputs, targets))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise StudyError(
+            f"study {spec.name!r}: the loss does not take outputs {_described(outputs)} with targets "
+            f"{_described(targets)}: {first}"
+        ) from error
     if loss.numel() != 1:
         raise StudyError(
             f"study {spec.name!r}: the loss has shape {tuple(loss.shape)}; it must be one number, the batch's mean"
@@ -86,6 +129,57 @@ def check_dense(spec: StudySpec, model: nn.Module, batch: tuple[Any, Any]) -> No
         raise StudyError(
             f"study {spec.name!r}: the dense model's loss on calibration data is {float(loss)}; it must be finite"
         )
+
+
+def _check_one_row(spec: StudySpec, model: nn.Module, inputs: Any) -> None:
+    """Raises StudyError where the model takes no batch of one example, as layers are looked at."""
+    try:
+        with evaluating(model):
+            call_model(model, pick_rows(_own(inputs), slice(0, 1)))
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise StudyError(
+            f"study {spec.name!r}: the model takes {count_rows(inputs)} examples, and not one alone ({first}); a "
+            "batch's size is no number in a forward: x.view(x.size(0), -1)"
+        ) from error
+
+
+def _own(inputs: Any) -> Any:
+    """A copy, for a model that changes its inputs."""
+    return map_tensors(inputs, lambda tensor: tensor.detach().clone())
+
+
+def _runs(model: nn.Module, inputs: Any) -> bool:
+    try:
+        with evaluating(model):
+            call_model(model, inputs)
+    except Exception:
+        return False
+    return True
+
+
+def _in_frozen(model: nn.Module, inputs: Any) -> Any:
+    """The outputs in eval mode with gradients, which none of the model's own parameters asks for."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.requires_grad_(False)
+        with evaluating(model), torch.enable_grad():
+            return call_model(model, inputs)
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _are_alike(outputs: Any, again: Any) -> bool:
+    """Whether they differ by no more than sums in another order do."""
+    pairs = zip(tensors(outputs), tensors(again), strict=True)
+    return all(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-4, equal_nan=True) for a, b in pairs)
+
+
+def _described(values: Any) -> str:
+    """The kinds and shapes of the tensors in it."""
+    told = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(values)]
+    return ", ".join(told) or f"of type {type(values).__name__}"
 
 
 def check_splits(spec: StudySpec, data: Data) -> None:

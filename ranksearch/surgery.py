@@ -1,10 +1,12 @@
 """Put modules in the place of others, copy models, and take them out of what is wrapped around them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from ranksearch.errors import StudyError
 
 # The wrappers that run another model and are none themselves, by the name under which they hold it.
 _WRAPPERS = {
@@ -65,15 +67,45 @@ def copy_model(model: nn.Module) -> nn.Module:
     """A copy of the model without wrappers; weights that are computed before each call are copied as they are now."""
     # torch copies no tensor that was computed, such as what weight_norm sets.
     memo: dict[int, Any] = {
-        id(value): value.detach().clone()
+        id(tensor): tensor.detach().clone()
         for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
+        for tensor in _tensors_within(vars(module))
+        if not tensor.is_leaf
     }
-    for module in reversed(list(model.modules())):
-        if (inner := _wrapped(module)) is not None:
-            memo[id(module)] = copy.deepcopy(inner, memo)
-    return copy.deepcopy(model, memo)
+    try:
+        for module in reversed(list(model.modules())):
+            if (inner := _wrapped(module)) is not None:
+                memo[id(module)] = copy.deepcopy(inner, memo)
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise StudyError(f"{type(model).__name__} cannot be copied: {_uncopied(model, error)}") from error
+
+
+def _tensors_within(value: Any) -> Iterator[Tensor]:
+    """The tensors of what an object holds, in whatever lists and mappings; not those of its modules."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors_within(inner)
+    elif isinstance(value, list | tuple | set):
+        for inner in value:
+            yield from _tensors_within(inner)
+
+
+def _uncopied(model: nn.Module, error: Exception) -> str:
+    """Which attribute copy.deepcopy does not copy, and what would do."""
+    first = str(error).strip().partition("\n")[0]
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                place = ".".join(filter(None, (name, attribute)))
+                return f"{place} is a {type(value).__name__} ({first}); leave it out of the model"
+    return first
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

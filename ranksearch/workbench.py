@@ -12,9 +12,9 @@ from ranksearch.cache import Cache, cache_directory
 from ranksearch.compression import count_params
 from ranksearch.device import check_cores, device_lock, timed_cores
 from ranksearch.factorisations import Factorisations
-from ranksearch.finding import FoundLayers, compressible_layers, unread_layers
+from ranksearch.finding import FoundLayers, compressible_layers, irreplaceable_layers, unread_layers
 from ranksearch.latency import Latency, compare_all, timed_call
-from ranksearch.layers import call_model, count_macs, evaluating
+from ranksearch.layers import call_model, count_macs, evaluating, in_eval_mode
 from ranksearch.preparation import prepare_source, with_weights
 from ranksearch.quantization import SharedTensors, quantized_layers, shared_tensors
 from ranksearch.recovery import Step, seeded
@@ -25,6 +25,7 @@ from ranksearch.statistics import LayerStatistics, collect
 from ranksearch.study_checks import (
     check_decompositions,
     check_dense,
+    check_python,
     check_splits,
     check_ties,
     given_by,
@@ -164,14 +165,16 @@ def open_workbench(
     # What draws random numbers draws the same ones in every process: a resume's, and a worker's.
     with seeded(spec.seed, torch.device("cpu")):
         given = given_by(spec, "model", spec.model(), nn.Module)
-        model = copy_model(given).eval()
+        check_python(spec, given)
+        model = in_eval_mode(copy_model(given))
         data = given_by(spec, "data", spec.data(), Data)
         calibration = take_calibration(spec, data)
-    check_dense(spec, model, calibration[0])
+    check_dense(spec, model, given, calibration[0])
     check_splits(spec, data)
     example = first_rows(calibration, spec.target.batch_size)
     # On the example, so that layers are timed at the batch size of the target.
     found = compressible_layers(model, example)
+    found = found.without(irreplaceable_layers(model, example, found.all))
     found = selected(found.without(unread_layers(model, first_rows(calibration, 1), found.all)), spec)
     with timed_cores(spec.target):
         check_ties(spec, found, runtime)
@@ -226,9 +229,15 @@ class SessionModel(nn.Module):
         for start in range(0, n_rows, self.batch_size):
             # The last rows are repeated to fill the batch, and cut off again.
             rows = torch.arange(start, start + self.batch_size).clamp(max=n_rows - 1)
-            outputs.append(map_tensors(self.session.run(to_arrays(pick_rows(given, rows))), torch.as_tensor))
+            outputs.append(map_tensors(self.session.run(to_arrays(pick_rows(given, rows))), self._with_rows))
         together = pick_rows(concatenate(outputs), slice(n_rows))
         return together if self.like is None else arranged(self.like, tensors(together))
+
+    def _with_rows(self, values: Any) -> Tensor:
+        """An output as a tensor; of one row a model that squeezes its outputs drops their first axis too."""
+        output = torch.as_tensor(values)
+        squeezed = self.batch_size == 1 and output.shape[:1] != (1,)
+        return output[None] if squeezed else output
 
 
 def to_arrays(inputs: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
-from ranksearch.layers import layer_weight
+from ranksearch.layers import in_eval_mode, layer_weight
 from ranksearch.recovery.fine_tuning import diverged, fine_tune
 from ranksearch.recovery_settings import NuclearNorm, Recovery
 from ranksearch.spec import Batches
@@ -124,4 +124,4 @@ def prepare_dense(
     losses = fine_tune(prepared, model, batches, loss, budget, after_step=shrinkage.apply, **options)
     if diverged(losses):
         raise StudyError("preparing the dense model diverged; lower Recovery.learning_rate or NuclearNorm.weight")
-    return prepared.eval()
+    return in_eval_mode(prepared)

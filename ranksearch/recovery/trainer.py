@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ranksearch.errors import StudyError
 from ranksearch.layers import call_model
-from ranksearch.memory_format import channels_last, takes_channels_last
+from ranksearch.memory_format import channels_last, in_order, outputs_of_two_rows, takes_channels_last
 from ranksearch.recovery.batchnorm import batchnorms
 from ranksearch.recovery.budget import SCHEDULES
 from ranksearch.recovery.distillation import Teacher, distillation_loss
@@ -110,19 +110,33 @@ class Trainer:
         distil = recovery.distillation_loss or functools.partial(distillation_loss, loss=self.loss)
         total: Tensor = (1 - recovery.distillation) * self.loss(outputs, targets)
         if recovery.distillation:
-            total = total + recovery.distillation * distil(outputs, wanted)
+            total = total + recovery.distillation * distil(_main(outputs, wanted), wanted)
         return total if self.layers is None else total + recovery.layer_outputs * self.layers.distance()
 
     def _arranged(self, inputs: Any) -> tuple[Any, Any]:
         """The outputs with channels last, unless the first batch did not go through so."""
         if self.channels_last is None:
-            first: list[tuple[Any, Any]] = []
-            self.channels_last = takes_channels_last(self.model, lambda: first.append(self._outputs(inputs, True)))
-            if first:
-                return first[0]
-            if self.layers is not None:
-                self.layers.outputs.clear()
+            self.channels_last = takes_channels_last(self.model, functools.partial(self._tried, inputs))
+            try:
+                self._forget()
+                return self._outputs(inputs, self.channels_last)
+            except Exception:
+                # In train mode a model may do what it does not in eval mode.
+                if not self.channels_last:
+                    raise
+                self._forget()
+                self.channels_last = False
+                in_order(self.model)
         return self._outputs(inputs, self.channels_last)
+
+    def _tried(self, inputs: Any, is_channels_last: bool) -> Any:
+        placed = map_tensors(inputs, lambda t: t.to(self.recovery.device))
+        return outputs_of_two_rows(self.model, channels_last(placed) if is_channels_last else placed)
+
+    def _forget(self) -> None:
+        """What layers gave in a call that counts for nothing."""
+        if self.layers is not None:
+            self.layers.outputs.clear()
 
     def _outputs(self, given: Any, is_channels_last: bool) -> tuple[Any, Any]:
         """The model's and, where it is asked, the teacher's."""
@@ -161,6 +175,15 @@ def _groups(parameters: list[nn.Parameter], decay: ProductDecay, weight_decay: f
         {"params": [p for p in parameters if id(p) in decaying], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in decaying], "weight_decay": 0.0},
     ]
+
+
+def _main(outputs: Any, wanted: Any) -> Any:
+    """Of a model that in training gives auxiliary outputs too the one that its teacher gives: the first."""
+    if isinstance(wanted, Tensor) and isinstance(outputs, tuple | list) and outputs:
+        first = outputs[0]
+        if isinstance(first, Tensor) and first.shape == wanted.shape:
+            return first
+    return outputs
 
 
 def _plain(outputs: Any) -> Any:

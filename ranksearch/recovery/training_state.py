@@ -33,7 +33,8 @@ def in_training(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model in train mode on `device`; its modes and device come back, its weights' numbers in their order."""
     modes = {module: module.training for module in model.modules()}
     home = next(model.parameters()).device
-    model.train().to(device)
+    model.train()
+    model.to(device)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
 from ranksearch.errors import MeasurementError
-from ranksearch.layers import call_model
+from ranksearch.layers import call_model, in_eval_mode
 from ranksearch.quantization import QuantizedModule
 from ranksearch.runtimes.axes import BATCH, LENGTH, STATIC, FreeAxes, cut, text_length
 from ranksearch.runtimes.naming import named_layers
@@ -87,7 +87,7 @@ def to_onnx(model: nn.Module, example: Any, *, on_integers: bool, axes: FreeAxes
 
 def _flattened(model: nn.Module, example: Any) -> tuple[_Flat, tuple[Tensor, ...], Mapping[str, QuantizedModule]]:
     """A copy of the model in eval mode, its weights fixed, and the layers of it whose weights alone are rounded."""
-    frozen = copy_model(model).cpu().eval().requires_grad_(False)
+    frozen = in_eval_mode(copy_model(model).cpu()).requires_grad_(False)
     stored = stored_layers(frozen)
     frozen = fit_windows(fix_weights(frozen))
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))

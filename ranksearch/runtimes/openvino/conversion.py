@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
-from ranksearch.layers import call_model
+from ranksearch.layers import call_model, in_eval_mode
 from ranksearch.runtimes.axes import STATIC, FreeAxes
 from ranksearch.runtimes.calibration import calibration_batches
 from ranksearch.runtimes.naming import named_layers
@@ -70,7 +70,7 @@ def _convert(model: nn.Module, example: Any, axes: FreeAxes, *, folds_constants:
     inputs = structure_of(example)
     leaves = tuple(torch.as_tensor(leaf).detach().cpu() for leaf in leaves_of(example))
     # OpenVINO shares memory with what it converts; a copy keeps later training out of the compiled model.
-    frozen = copy_model(model).cpu().eval().requires_grad_(False)
+    frozen = in_eval_mode(copy_model(model).cpu()).requires_grad_(False)
     stored = stored_layers(frozen)
     frozen = fit_windows(fix_weights(frozen))
     outputs: list[Structure] = []
@@ -167,7 +167,10 @@ def _trace(flat: Callable[..., Any], leaves: tuple[Tensor, ...]) -> Any:
     with warnings.catch_warnings(), torch.no_grad(), KnownOperators():
         # torch.jit is deprecated, but what replaces it takes seconds per model.
         warnings.simplefilter("ignore")
-        return cast(Any, torch.jit)._get_trace_graph(flat, leaves, strict=False)[0]
+        graph = cast(Any, torch.jit)._get_trace_graph(flat, leaves, strict=False)[0]
+    # Functions of TorchScript, which OpenVINO does not call.
+    cast(Any, torch._C)._jit_pass_inline(graph)
+    return graph
 
 
 def _from_trace(graph: Any) -> Any:

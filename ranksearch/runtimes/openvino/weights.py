@@ -41,8 +41,7 @@ def keep_bits(operations: Sequence[Any], module: QuantizedModule) -> None:
 
 
 def _keep_bits(readers: Sequence[Any], module: QuantizedModule) -> None:
-    port = weight_port(readers[0])
-    constant = readers[0].input_value(port).get_node()
+    constant = readers[0].input_value(weight_port(readers[0])).get_node()
     if constant.get_type_name() != "Constant":
         return
     weight = module.rounded_weight.detach().numpy()
@@ -51,7 +50,8 @@ def _keep_bits(readers: Sequence[Any], module: QuantizedModule) -> None:
         as_floats = _read_as_used if readers[0].get_type_name() in ("MatMul", "Gather") else _read_at_load
         kept = _KEEPERS[type(module.weight_format)](module, gain, list(constant.shape), as_floats)
         for reader in readers:
-            reader.input(port).replace_source_output(kept.output(0))
+            # Each at its own: a tied table is looked up in, and multiplied by.
+            reader.input(weight_port(reader)).replace_source_output(kept.output(0))
 
 
 def _read_as_used(codes: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from ranksearch.errors import MeasurementError, RuntimeUnavailableError
+from ranksearch.layers import in_eval_mode
 from ranksearch.quantization import QuantizedConv1d, QuantizedConv2d, QuantizedLinear
 from ranksearch.runtimes.axes import BATCH, LENGTH, FreeAxes
 from ranksearch.runtimes.outputs import gives_flat_outputs
@@ -101,7 +102,7 @@ def _save(program: ExportedProgram, path: Path) -> None:
 
 def exportable(model: nn.Module) -> nn.Module:
     """A copy of the model that torch.export takes: its quantizers as torch imitates them."""
-    return gives_flat_outputs(fix_weights(copy_model(model).cpu().eval()))
+    return gives_flat_outputs(fix_weights(in_eval_mode(copy_model(model).cpu())))
 
 
 def read_program(path: Path, target: Target, place: torch.device | None) -> Loaded:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ranksearch.errors import MeasurementError
+from ranksearch.layers import in_eval_mode
 from ranksearch.memory_format import channels_last, takes_channels_last
 from ranksearch.runtimes.base import AbstractSession, available_threads, host_isa
 from ranksearch.runtimes.naming import named_layers
@@ -118,7 +119,7 @@ def load_module(model: nn.Module, example: Any, target: Target) -> Loaded:
 
 def as_computed(model: nn.Module, target: Target) -> nn.Module:
     """A copy of the model, its weights fixed; int8 products keep their steps in float32 whatever the precision."""
-    module = fix_weights(copy_model(model).eval())
+    module = fix_weights(in_eval_mode(copy_model(model)))
     integer = integer_layers(module, "cpu" if target.device == "cpu" else "cuda", host_isa())
     return replace_modules(module.to("cpu", DTYPES.get(target.precision)), integer)
 
@@ -136,8 +137,12 @@ def open_session(loaded: Loaded, target: Target, device: Accelerator | None) -> 
     module = loaded.module.to(place)
     settings = Settings(available_threads(target), numerics(target.precision), on_gpu=device is not None)
     plain, eager = _Inputs(loaded.example, device, is_channels_last=False), Eager(module, settings, device)
-    is_channels_last = takes_channels_last(module, lambda: eager.run(channels_last(plain.tensors(loaded.example))))
-    inputs = _Inputs(loaded.example, device, is_channels_last=is_channels_last)
+
+    def run(is_channels_last: bool) -> Any:
+        tensors = plain.tensors(loaded.example)
+        return flat_outputs(eager.run(channels_last(tensors) if is_channels_last else tensors))[1]
+
+    inputs = _Inputs(loaded.example, device, is_channels_last=takes_channels_last(module, run))
     engine = ENGINES[target.mode](module, settings, device)
     engine.warm_up(inputs.tensors(loaded.example))
     precision = "f32" if target.precision == "default" and device is None else target.precision
