@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ranksearch.controls import control_plans
+from ranksearch.export import write_bundle
 from ranksearch.ladder import Evaluator
 from ranksearch.recovery import count_steps
 from ranksearch.session import dense_latency
@@ -39,9 +42,16 @@ def estimate(study: StudySpec) -> TrialCost:
     short = dataclasses.replace(study, recovery=dataclasses.replace(study.recovery, steps=N_STEPS, prepare=None))
     bench = open_workbench(short)
     latency_ms, noise_floor = dense_latency(bench)
-    evaluator = Evaluator(bench=bench, factorisations=bench.factorisations(), dense_latency_ms=latency_ms)
     _, plan = control_plans(bench)[-1]
-    seconds = evaluator.evaluate(plan).seconds
+    with tempfile.TemporaryDirectory() as folder:
+        evaluator = Evaluator(
+            bench=bench,
+            factorisations=bench.factorisations(),
+            dense_latency_ms=latency_ms,
+            # A study keeps each trial: what no artefact can be made of fails all of them.
+            keep=lambda plan, model: write_bundle(bench, plan, model, Path(folder) / plan.hash()),
+        )
+        seconds = evaluator.evaluate(plan).seconds
     per_step = seconds.get("fine_tune", 0.0) / N_STEPS
     n_steps, most = count_steps(bench.train, study.recovery), study.recovery.seconds or math.inf
     fine_tuning_s = most if n_steps is None else min(per_step * n_steps, most)

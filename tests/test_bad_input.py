@@ -80,6 +80,20 @@ def test_a_script_that_cannot_be_used(commands: Commands, tmp_path: Path) -> Non
     assert_one_sentence(commands.run(tmp_path, "profile", script), "no `study`", "rs.StudySpec(")
 
 
+def test_an_error_in_what_the_study_imports_is_told_with_its_line(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "my_network.py").write_text("def load():\n    raise LookupError('x' * 9000)\n", encoding="utf-8")
+    script = write_study(
+        tmp_path,
+        (
+            "    torch.manual_seed(0)",
+            "    import sys\n    sys.path.insert(0, '.')\n    import my_network\n    my_network.load()",
+        ),
+    )
+    ended = commands.run(tmp_path, "check", script)
+    assert_one_sentence(ended, "my_network.py, line 2: LookupError: xxx", "xxx ...")
+    assert len(ended.err) < 2100
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [

@@ -13,7 +13,7 @@ from tiny_study import Pairs, make_spec
 from torch import Tensor, nn
 
 from ranksearch.compression import compress
-from ranksearch.errors import StudyError
+from ranksearch.errors import MeasurementError, StudyError
 from ranksearch.finding import compressible_layers, irreplaceable_layers
 from ranksearch.memory_format import channels_last, takes_channels_last
 from ranksearch.plan import LayerChoice, Plan
@@ -22,6 +22,7 @@ from ranksearch.recovery_settings import Recovery
 from ranksearch.runtimes import get_runtime
 from ranksearch.spec import Target
 from ranksearch.surgery import copy_model
+from ranksearch.trial_cost import estimate
 from ranksearch.workbench import SessionModel, open_workbench
 
 
@@ -72,6 +73,12 @@ class Listening(Net):
 class OfOneSize(Net):
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.maps(images).view(100, 8, -1).mean(2))
+
+
+class Branching(Net):
+    def forward(self, images: Tensor) -> Tensor:
+        found = super().forward(images)
+        return found if found.sum() > 0 else -found
 
 
 class GivingNothingBack(Net):
@@ -158,6 +165,14 @@ def test_targets_that_a_loss_does_not_take_are_told_with_their_shapes(parts: dic
     wanted = r"does not take outputs float32 \(100, 10\) with targets int64 \(100,\): Target size"
     with pytest.raises(StudyError, match=wanted):
         open_workbench(make_spec(Net().eval(), parts, loss=nn.BCEWithLogitsLoss()))
+
+
+def test_a_model_of_which_no_artefact_can_be_made_is_told_by_check(
+    parts: dict[str, Pairs], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(MeasurementError, match=r"torch\.export cannot export Branching"):
+        estimate(make_spec(Branching().eval(), parts, target=Target(runtime="torch", batch_size=16, threads=1)))
+    assert "Warning" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("make", [GivingNothingBack, Keeping, Gated])

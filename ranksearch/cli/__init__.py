@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from itertools import dropwhile
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 
 EXIT_BAD_INPUT, EXIT_NO_PLAN, EXIT_STOPPED = 2, 3, 75
+# Of an error's letters: some of torch's print whole tensors.
+MAX_MESSAGE = 2000
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     except RankSearchError as error:
         _exit(str(error), EXIT_BAD_INPUT)
     except Exception as error:
-        if (where := _line_of_script(error)) is not None:
+        if (where := _line_of_user(error)) is not None:
             _exit(f"{where}: {type(error).__name__}: {error}", EXIT_BAD_INPUT)
         if (told := told_full(error) or told_closed(error)) is not None:
             _exit(told, EXIT_BAD_INPUT)
@@ -50,9 +53,10 @@ def main() -> None:
 
 
 def _exit(message: str, code: int) -> None:
+    told = printable(masked(" ".join(message.split())))
     # Where these go may lie on the disk that is full.
     with suppress(OSError):
-        print(f"error: {printable(masked(' '.join(message.split())))}", file=sys.stderr)
+        print(f"error: {told[:MAX_MESSAGE]}{' ...' if len(told) > MAX_MESSAGE else ''}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -62,11 +66,12 @@ def _exit(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _line_of_script(error: Exception) -> str | None:
-    """Where in the user's study script the error came up; None where it did not."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("ranksearch_study_")]
-    scripts = {module.__file__ for module in modules}
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in scripts]
+def _line_of_user(error: Exception) -> str | None:
+    """Where in code that this package called, the study's or what that imports, the error came up; None elsewhere."""
+    package = str(Path(__file__).parents[1])
+    frames = dropwhile(lambda frame: not frame.filename.startswith(package), traceback.extract_tb(error.__traceback__))
+    installed = (package, sys.prefix, sys.base_prefix, "<")
+    lines = [frame for frame in frames if not frame.filename.startswith(installed)]
     return f"{lines[-1].filename}, line {lines[-1].lineno}" if lines else None
 
 

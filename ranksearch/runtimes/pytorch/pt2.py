@@ -3,6 +3,8 @@
 import inspect
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +40,7 @@ def write_program(model: nn.Module, example: Any, target: Target, path: Path) ->
     named = inputs if structure_of(inputs).kind == "mapping" else None
     placed = () if named else tuple(tensor.cpu() for tensor in leaves_of(inputs))
     try:
-        with torch.no_grad():
+        with _quietly():
             program = torch.export.export(module, placed, named, strict=False)
     except Exception as error:
         raise MeasurementError(
@@ -65,7 +67,7 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, axes: Fre
     shapes: Any = dict(zip(inputs.names, free, strict=True)) if named else tuple(free)
     _spell_out(module, list(named or [f"input_{i}" for i in range(len(leaves))]))
     try:
-        with torch.no_grad():
+        with _quietly():
             program = torch.export.export(
                 module, () if named else leaves, named, dynamic_shapes=shapes if any(free) else None, strict=False
             )
@@ -74,6 +76,14 @@ def write_portable_program(model: nn.Module, example: Any, path: Path, axes: Fre
             f"torch.export cannot export {type(model).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
     _save(program, path)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without gradients, and without torch's warnings of what it assigns while it exports."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _spell_out(module: nn.Module, names: list[str]) -> None:
