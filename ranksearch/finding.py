@@ -23,7 +23,7 @@ from ranksearch.layers import (
     weight_spec,
 )
 from ranksearch.surgery import replace_modules
-from ranksearch.trees import tensors
+from ranksearch.trees import copied, tensors
 
 # What is a layer, or becomes one by rs.expose_layers.
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, nn.Embedding)
@@ -131,7 +131,7 @@ def irreplaceable_layers(model: nn.Module, example: Any, layers: Mapping[str, We
     if "" in layers:  # the model is a layer, and has no code of its own around it
         return {}
     with evaluating(model):
-        expected = tensors(call_model(model, example))
+        expected = tensors(call_model(model, copied(example)))
         if _stands_in(model, example, layers, expected) is None:
             return {}
         told = {name: _stands_in(model, example, {name: info}, expected) for name, info in layers.items()}
@@ -145,7 +145,7 @@ def _stands_in(
     originals = {name: model.get_submodule(name) for name in layers}
     replace_modules(model, {name: telling(Factored(originals[name]), info.spec) for name, info in layers.items()})
     try:
-        found = tensors(call_model(model, example))
+        found = tensors(call_model(model, copied(example)))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         return f"the model reads its weight, or asks for its class, beside calling it ({first})"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ranksearch.layers import call_model, evaluating
-from ranksearch.trees import map_tensors, pick_rows, tensors
+from ranksearch.trees import copied, map_tensors, pick_rows, tensors
 
 # Between outputs, relative to their norm. Where values are rounded to few bits, a last digit can move one by a step.
 MAX_DIFFERENCE = 0.1
@@ -39,7 +39,7 @@ def channels_last_weights(model: nn.Module, inputs: Any) -> Iterator[None]:
 def outputs_of_two_rows(model: nn.Module, inputs: Any) -> Any:
     """What the model gives in eval mode for the first two examples."""
     with evaluating(model):
-        return call_model(model, pick_rows(inputs, slice(0, 2)))
+        return call_model(model, copied(pick_rows(inputs, slice(0, 2))))
 
 
 def takes_channels_last(model: nn.Module, run: Callable[[bool], Any]) -> bool:

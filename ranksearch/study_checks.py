@@ -17,7 +17,7 @@ from ranksearch.plan import DENSE
 from ranksearch.runtimes import AbstractRuntime
 from ranksearch.scoring import same_twice, score_kind
 from ranksearch.spec import Data, StudySpec, tied_layers
-from ranksearch.trees import count_rows, map_tensors, pick_rows, tensors
+from ranksearch.trees import copied, count_rows, pick_rows, tensors
 
 T = TypeVar("T")
 MAX_CALIBRATION_EXAMPLES = 1024
@@ -86,8 +86,8 @@ def check_dense(spec: StudySpec, model: nn.Module, given: nn.Module, batch: tupl
     try:
         check_inputs(model, inputs)
         with evaluating(model):
-            outputs = call_model(model, _own(inputs))
-        again = _in_frozen(model, _own(inputs))
+            outputs = call_model(model, copied(inputs))
+        again = _in_frozen(model, copied(inputs))
     except StudyError as error:
         raise StudyError(f"study {spec.name!r}: {error}") from None
     except RuntimeError as error:
@@ -118,8 +118,8 @@ def check_dense(spec: StudySpec, model: nn.Module, given: nn.Module, batch: tupl
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise StudyError(
-            f"study {spec.name!r}: the loss does not take outputs {_described(outputs)} with targets "
-            f"{_described(targets)}: {first}"
+            f"study {spec.name!r}: the loss raises {type(error).__name__} for outputs {_described(outputs)} and "
+            f"targets {_described(targets)}: {first}"
         ) from error
     if loss.numel() != 1:
         raise StudyError(
@@ -135,18 +135,13 @@ def _check_one_row(spec: StudySpec, model: nn.Module, inputs: Any) -> None:
     """Raises StudyError where the model takes no batch of one example, as layers are looked at."""
     try:
         with evaluating(model):
-            call_model(model, pick_rows(_own(inputs), slice(0, 1)))
+            call_model(model, pick_rows(copied(inputs), slice(0, 1)))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise StudyError(
             f"study {spec.name!r}: the model takes {count_rows(inputs)} examples, and not one alone ({first}); a "
             "batch's size is no number in a forward: x.view(x.size(0), -1)"
         ) from error
-
-
-def _own(inputs: Any) -> Any:
-    """A copy, for a model that changes its inputs."""
-    return map_tensors(inputs, lambda tensor: tensor.detach().clone())
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:

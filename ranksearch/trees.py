@@ -68,6 +68,11 @@ def pick_rows(tree: Any, rows: slice | Tensor) -> Any:
     return map_tensors(tree, lambda t: t[rows] if t.dim() > 0 and t.shape[0] == n_rows else t)
 
 
+def copied(tree: Any) -> Any:
+    """The same with tensors of its own, for a model that changes its inputs."""
+    return map_tensors(tree, lambda tensor: tensor.detach().clone())
+
+
 def first_examples(batches: Iterable[tuple[Any, Any]], max_examples: int) -> Iterator[Any]:
     """The inputs of batches until they make up `max_examples`, the last ones cut to fit."""
     n_left = max_examples

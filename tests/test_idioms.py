@@ -20,6 +20,8 @@ from ranksearch.plan import LayerChoice, Plan
 from ranksearch.recovery import fine_tune
 from ranksearch.recovery_settings import Recovery
 from ranksearch.runtimes import get_runtime
+from ranksearch.scores import top1
+from ranksearch.scoring import score_model
 from ranksearch.spec import Target
 from ranksearch.surgery import copy_model
 from ranksearch.trial_cost import estimate
@@ -73,6 +75,13 @@ class Listening(Net):
 class OfOneSize(Net):
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.maps(images).view(100, 8, -1).mean(2))
+
+
+class Centring(Net):
+    """Changes its inputs, as a normalisation in place does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.sub_(0.5).mul_(2))
 
 
 class Branching(Net):
@@ -162,7 +171,7 @@ def test_what_cannot_be_searched_is_told_before_the_study(
 
 
 def test_targets_that_a_loss_does_not_take_are_told_with_their_shapes(parts: dict[str, Pairs]) -> None:
-    wanted = r"does not take outputs float32 \(100, 10\) with targets int64 \(100,\): Target size"
+    wanted = r"the loss raises ValueError for outputs float32 \(100, 10\) and targets int64 \(100,\): Target size"
     with pytest.raises(StudyError, match=wanted):
         open_workbench(make_spec(Net().eval(), parts, loss=nn.BCEWithLogitsLoss()))
 
@@ -224,8 +233,9 @@ def test_layers_that_nothing_can_stand_in_for_are_skipped(
     assert torch.equal(model(example), expected) and type(model.get_submodule(name)) in (nn.Conv2d, nn.Linear)
 
 
-def test_layers_of_other_models_can_all_be_replaced() -> None:
-    model, example = Net().eval(), torch.randn(3, 1, 8, 8)
+@pytest.mark.parametrize("make", [Net, Centring])
+def test_layers_of_other_models_can_all_be_replaced(make: Callable[[], nn.Module]) -> None:
+    model, example = make().eval(), torch.randn(3, 1, 8, 8)
     assert irreplaceable_layers(model, example, compressible_layers(model, example).all) == {}
     alone, rows = nn.Linear(4, 2).eval(), torch.randn(3, 4)
     assert irreplaceable_layers(alone, rows, compressible_layers(alone, rows).all) == {}
@@ -263,3 +273,10 @@ def test_numbers_that_are_read_in_order_keep_channels_where_they_are() -> None:
     assert not takes_channels_last(model, lambda last: model(channels_last(images) if last else images))
     assert model.second.weight.is_contiguous()
     assert takes_channels_last(Net().eval(), lambda _last: 0) and not takes_channels_last(nn.Linear(2, 2), lambda _: 0)
+
+
+def test_trying_the_order_of_channels_leaves_the_data_as_it_is() -> None:
+    model, images = Centring().eval(), torch.rand(8, 1, 8, 8)
+    with torch.no_grad():
+        expected = model(images.clone())
+    torch.testing.assert_close(score_model(model, [(images, torch.zeros(8, dtype=torch.long))], top1).outputs, expected)
