@@ -87,7 +87,6 @@ def check_dense(spec: StudySpec, model: nn.Module, given: nn.Module, batch: tupl
         check_inputs(model, inputs)
         with evaluating(model):
             outputs = call_model(model, copied(inputs))
-        again = _in_frozen(model, copied(inputs))
     except StudyError as error:
         raise StudyError(f"study {spec.name!r}: {error}") from None
     except RuntimeError as error:
@@ -102,16 +101,6 @@ def check_dense(spec: StudySpec, model: nn.Module, given: nn.Module, batch: tupl
             "does not; a hook or a function that holds the model keeps its results there and not in a copy"
         ) from error
     _check_one_row(spec, model, inputs)
-    if any(tensor.requires_grad for tensor in tensors(again)):
-        raise StudyError(
-            f"study {spec.name!r}: the model computes with weights that it does not register, such as layers in a "
-            "plain list, which no copy, file or optimiser holds; put them into an nn.ModuleList"
-        )
-    if not _are_alike(outputs, again):
-        raise StudyError(
-            f"study {spec.name!r}: in eval mode the model gives other outputs for the same inputs the second time; "
-            "F.dropout, for one, needs training=self.training"
-        )
     try:
         with torch.no_grad():
             loss = torch.as_tensor(spec.loss(outputs, targets))
@@ -132,16 +121,30 @@ def check_dense(spec: StudySpec, model: nn.Module, given: nn.Module, batch: tupl
 
 
 def _check_one_row(spec: StudySpec, model: nn.Module, inputs: Any) -> None:
-    """Raises StudyError where the model takes no batch of one example, as layers are looked at."""
+    """Raises StudyError where the model takes no batch of one example, as layers are looked at, where it computes with
+    weights that it does not register, and where it gives something else the second time.
+    """
+    row = pick_rows(inputs, slice(0, 1))
     try:
         with evaluating(model):
-            call_model(model, pick_rows(copied(inputs), slice(0, 1)))
+            outputs = call_model(model, copied(row))
+        again = _in_frozen(model, copied(row))
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise StudyError(
             f"study {spec.name!r}: the model takes {count_rows(inputs)} examples, and not one alone ({first}); a "
             "batch's size is no number in a forward: x.view(x.size(0), -1)"
         ) from error
+    if any(tensor.requires_grad for tensor in tensors(again)):
+        raise StudyError(
+            f"study {spec.name!r}: the model computes with weights that it does not register, such as layers in a "
+            "plain list, which no copy, file or optimiser holds; put them into an nn.ModuleList"
+        )
+    if not _are_alike(outputs, again):
+        raise StudyError(
+            f"study {spec.name!r}: in eval mode the model gives other outputs for the same inputs the second time; "
+            "F.dropout, for one, needs training=self.training"
+        )
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:

@@ -82,7 +82,10 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def _tensors_within(value: Any) -> Iterator[Tensor]:
-    """The tensors of what an object holds, in whatever lists and mappings; not those of its modules."""
+    """The tensors of what an object holds, in whatever lists and mappings; not those of its modules.
+
+    Not trees.tensors, which makes tensors of arrays: a model may hold such as no tensor can be, of words for one.
+    """
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

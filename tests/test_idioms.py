@@ -200,6 +200,7 @@ def test_what_is_unusual_is_taken(make: Callable[[], nn.Module], parts: dict[str
 def test_tensors_in_lists_are_copied_with_the_model() -> None:
     model = Keeping()
     model(torch.randn(2, 1, 8, 8))
+    model.kept.append(np.array(["a", "word"]))
     kept = copy_model(model).kept
     assert torch.equal(kept[0]["first"], model.kept[0]["first"]) and not kept[0]["first"].requires_grad
 

@@ -68,7 +68,7 @@ def _exit(message: str, code: int) -> None:
 
 def _line_of_user(error: Exception) -> str | None:
     """Where in code that this package called, the study's or what that imports, the error came up; None elsewhere."""
-    package = str(Path(__file__).parents[1])
+    package = f"{Path(__file__).parents[1]}{os.sep}"
     frames = dropwhile(lambda frame: not frame.filename.startswith(package), traceback.extract_tb(error.__traceback__))
     installed = (package, sys.prefix, sys.base_prefix, "<")
     lines = [frame for frame in frames if not frame.filename.startswith(installed)]
